@@ -1,6 +1,6 @@
 """Byte-level byte-pair encoding: a thin wrapper over Hugging Face's `tokenizers` that speaks torch tensors.
 
-Byte-level (Radford et al. 2019): every byte is in the base alphabet, so any text can be encoded and decoded back unchanged.
+Byte-level (Radford et al. 2019): every byte is in the base alphabet, so any text decodes back to itself.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: str | Iterable[str], vocab_size: int = 1024) -> Tokenizer:
-        """Learns at most `vocab_size` tokens (at least 262: the bytes and the special tokens) from one text or several."""
+        """Learns at most `vocab_size` tokens (at least 262: bytes and special tokens) from one text or several."""
         from tokenizers import Tokenizer as Backend
         from tokenizers import decoders, models, pre_tokenizers, trainers
 

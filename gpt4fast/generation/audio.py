@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-import wave
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from gpt4fast.data.audio import write_wav
 from gpt4fast.generation.images import run_in_eval
+
+__all__ = ["plot_spectrograms", "sample_audio", "spectrogram", "write_wav"]
 
 
 @torch.inference_mode()
@@ -19,40 +21,6 @@ def sample_audio(generator: nn.Module, count: int, seed: int) -> torch.Tensor:
         raise ValueError(f"count must be at least 1, was {count}")
     latents = torch.randn(count, generator.config.latent_dim, generator=torch.Generator().manual_seed(seed))
     return run_in_eval(generator, latents).squeeze(1)
-
-
-def write_wav(waveform: torch.Tensor, path: str | os.PathLike, sample_rate: int = 16000) -> Path:
-    """Writes 16-bit PCM. `waveform` is (samples,) or (channels, samples), floating, in [-1, 1]; louder is clipped, NaN an error."""
-    if waveform.dim() not in (1, 2) or not waveform.is_floating_point():
-        raise ValueError(
-            "waveform must be floating-point (samples,) or (channels, samples), "
-            f"was {waveform.dtype} {tuple(waveform.shape)}"
-        )
-    if bool(waveform.isnan().any()):
-        raise ValueError("waveform must not contain NaN")
-    channels = 1 if waveform.dim() == 1 else waveform.shape[0]
-    pcm = (waveform.detach().float().clamp(-1, 1) * 32767).round().to(torch.int16).cpu()
-    interleaved = pcm.reshape(channels, -1).t().contiguous().numpy().astype("<i2")
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with wave.open(str(path), "wb") as file:
-        file.setnchannels(channels)
-        file.setsampwidth(2)
-        file.setframerate(sample_rate)
-        file.writeframes(interleaved.tobytes())
-    return path
-
-
-def read_wav(path: str | os.PathLike) -> tuple[torch.Tensor, int]:
-    """16-bit PCM to (channels, samples) float32 in [-1, 1] and the sample rate; ValueError for other WAV formats."""
-    import numpy as np
-
-    with wave.open(str(path), "rb") as file:
-        if file.getsampwidth() != 2:
-            raise ValueError(f"path must be a 16-bit WAV file, {path} has {8 * file.getsampwidth()} bits")
-        data = np.frombuffer(file.readframes(file.getnframes()), dtype="<i2")
-        channels, rate = file.getnchannels(), file.getframerate()
-    return torch.from_numpy(data.astype("float32") / 32767).reshape(-1, channels).t().contiguous(), rate
 
 
 def spectrogram(waveform: torch.Tensor, window: int = 512, hop: int = 128) -> torch.Tensor:

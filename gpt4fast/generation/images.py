@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @torch.inference_mode()
 def sample_images(generator: nn.Module, count: int, seed: int) -> torch.Tensor:
-    """`count` images (count, channels, height, width) float32 in [-1, 1] on the CPU; the same seed gives the same latents."""
+    """`count` images (count, channels, height, width), float32 in [-1, 1], on the CPU; a seed fixes the latents."""
     if count < 1:
         raise ValueError(f"count must be at least 1, was {count}")
     latents = torch.randn(count, generator.config.latent_dim, generator=torch.Generator().manual_seed(seed))
@@ -23,7 +23,7 @@ def sample_images(generator: nn.Module, count: int, seed: int) -> torch.Tensor:
 
 
 def run_in_eval(generator: nn.Module, latents: torch.Tensor) -> torch.Tensor:
-    """Runs the generator in evaluation mode (running statistics in batch norm) and restores its mode; float32 on the CPU."""
+    """Runs the generator in evaluation mode (batch norm: running statistics), restores its mode; float32 on the CPU."""
     parameter = next(generator.parameters())
     was_training = generator.training
     generator.eval()
@@ -34,7 +34,7 @@ def run_in_eval(generator: nn.Module, latents: torch.Tensor) -> torch.Tensor:
 
 
 def to_pixels(images: torch.Tensor) -> np.ndarray:
-    """(n, 1 or 3, height, width) in [-1, 1] to uint8 (n, height, width, channels); values outside are clamped, NaN is an error."""
+    """(n, 1 or 3, height, width) in [-1, 1], clamped, to uint8 (n, height, width, channels); ValueError for NaN."""
     if images.dim() != 4 or images.shape[1] not in (1, 3):
         raise ValueError(f"images must be (n, 1 or 3, height, width), was {tuple(images.shape)}")
     if bool(images.isnan().any()):
@@ -43,7 +43,7 @@ def to_pixels(images: torch.Tensor) -> np.ndarray:
 
 
 def tile(images: torch.Tensor, columns: int | None = None, gap: int = 2) -> torch.Tensor:
-    """(n, channels, height, width) to one picture (channels, H, W), row by row, black (-1) between; near square if columns is None."""
+    """(n, channels, height, width) to one picture (channels, H, W), row by row, -1 between; near square if None."""
     count, channels, height, width = images.shape
     columns = min(count, columns or int((count - 1) ** 0.5) + 1)
     rows = -(-count // columns)
@@ -55,7 +55,7 @@ def tile(images: torch.Tensor, columns: int | None = None, gap: int = 2) -> torc
 
 
 def save_image(image: torch.Tensor, path: str | os.PathLike, scale: int = 1) -> Path:
-    """Writes one picture (1 or 3, height, width) in [-1, 1]; the format follows the suffix. `scale` repeats pixels, unsmoothed."""
+    """Writes one picture (1 or 3, height, width) in [-1, 1], format by suffix. `scale` repeats pixels, unsmoothed."""
     from PIL import Image
 
     pixels = to_pixels(image[None])[0]

@@ -30,7 +30,7 @@ def plot_losses(
     names: Sequence[str] | None = None,
     title: str = "",
 ) -> Path:
-    """Writes one PNG (or SVG, by the suffix): each metric faint, its moving average strong. `names` None takes them all."""
+    """Writes one PNG (or SVG, by suffix): each metric faint, its moving average strong. `names` None takes them all."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -40,7 +40,7 @@ class Sampling:
             raise ValueError(f"repetition_penalty must be a positive number, was {self.repetition_penalty}")
 
     def draw(self, logits: torch.Tensor, seen: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """The next token of each row, (batch,) int64. `seen` (batch, vocab) is True for tokens that the row has already."""
+        """The next token of each row, (batch,) int64. `seen` (batch, vocab): True for tokens the row already has."""
         logits = penalise_seen(logits.float(), seen, self.repetition_penalty)
         if self.temperature == 0:
             return logits.argmax(-1)
@@ -56,7 +56,7 @@ class Sampling:
 
 
 def penalise_seen(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:
-    """Divides the positive and multiplies the negative logits of the tokens seen (boolean (batch, vocab)) by `penalty`."""
+    """Divides the positive and multiplies the negative logits of the tokens `seen` (bool) by `penalty`."""
     if penalty == 1:
         return logits
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)

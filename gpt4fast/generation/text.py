@@ -33,15 +33,15 @@ def generate(
     stop: Callable[[list[int]], bool] | None = None,
     on_token: Callable[[torch.Tensor], None] | None = None,
 ) -> torch.Tensor:
-    """Draws up to `max_new_tokens` tokens after `input_ids`; returns the new tokens alone, (batch, n ≤ max_new_tokens) int64.
+    """Draws up to `max_new_tokens` tokens after `input_ids`; returns the new ones (batch, n ≤ max_new_tokens), int64.
 
     A GPT goes on from `input_ids` (batch, length); an EncoderDecoder reads them with its encoder and its decoder starts
     from `bos_id`. Rows of different length are padded on the left (GPT) or on either side (EncoderDecoder), with
     `attention_mask` (batch, length) True at real tokens. A row ends with `eos_id`, which it keeps, or where
     `stop(new ids of the row)` says so; it is then filled with `pad_id`, and all stop when the last row has ended.
 
-    temperature, top_k, top_p, min_p, repetition_penalty: see `Sampling`, applied in the order penalty, temperature, top_k,
-    top_p, min_p. `seed` makes the draw repeatable and leaves torch's global generator alone; None draws a fresh seed.
+    temperature, top_k, top_p, min_p, repetition_penalty: see `Sampling`; applied in the order penalty, temperature,
+    top_k, top_p, min_p. `seed` makes the draw repeatable, without touching torch's global generator; None is a fresh one.
     `on_token` gets each new column (batch,) as soon as it is drawn. The model's training mode is restored afterwards.
     """
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
@@ -141,9 +141,10 @@ def continue_text(
 ) -> str:
     """Writes on after `prompt` and returns what was written, without the prompt.
 
-    The text may be longer than what the model reads at once: it is written in chunks of at most `chunk` tokens, each after
-    the last `context` tokens so far. Ends after `max_new_tokens`, at `<eos>`, or before the first of the strings in `stop`.
-    `on_text` gets the text piece by piece as it is written. `sampling`: temperature, top_k, top_p, min_p, repetition_penalty.
+    The text may be longer than what the model reads at once: it is written in chunks of at most `chunk` tokens, each
+    after the last `context` tokens so far. Ends after `max_new_tokens`, at `<eos>`, or before the first of the strings
+    in `stop`. `on_text` gets the text piece by piece as it is written. `sampling`: temperature, top_k, top_p, min_p,
+    repetition_penalty.
     """
     ids = tokenizer.encode(prompt).tolist()
     written: list[int] = []

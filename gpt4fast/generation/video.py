@@ -1,4 +1,4 @@
-"""Moving pictures: a walk through the latent space of an image generator, as an animated GIF that loops without a seam."""
+"""Moving pictures: a walk through the latent space of an image generator, as a GIF that loops without a seam."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from gpt4fast.generation.images import run_in_eval, tile, to_pixels
 def interpolate_latents(anchors: torch.Tensor, steps: int) -> torch.Tensor:
     """A closed walk through `anchors` (n, …, latent), `steps` frames from each to the next: (n · steps, …, latent).
 
-    Spherical interpolation (White 2016) keeps the length that normal latents have; a straight line would pass near zero,
-    where the generator was never trained. Frame i · steps is anchor i itself.
+    Spherical interpolation (White 2016) keeps the length that normal latents have; a straight line would pass near
+    zero, where the generator was never trained. Frame i · steps is anchor i itself.
     """
     if anchors.dim() < 2 or len(anchors) < 2:
         raise ValueError(f"anchors must be (n ≥ 2, …, latent), was {tuple(anchors.shape)}")

@@ -17,7 +17,7 @@ IGNORE = -100
 
 
 def windows(token_ids: torch.Tensor, count: int, length: int, generator: torch.Generator) -> torch.Tensor:
-    """`count` stretches of `length` ids, (count, length), from token_ids: (total,), or (rows, width) where no stretch crosses rows."""
+    """`count` stretches (count, length) of token_ids, which is (total,), or (rows, width): no stretch crosses rows."""
     rows = token_ids.reshape(1, -1) if token_ids.dim() == 1 else token_ids
     if rows.shape[1] < length:
         raise ValueError(f"token_ids must have at least {length} ids in a row, has {rows.shape[1]}")
@@ -41,7 +41,7 @@ def masked_lm(ids: torch.Tensor, tokenizer: Tokenizer, generator: torch.Generato
 
 
 def next_token(ids: torch.Tensor, tokenizer: Tokenizer):
-    """Next-token prediction: inputs (batch, length) and labels shifted one to the left; the last one and padding are -100."""
+    """Next-token prediction: inputs (batch, length), and labels one to the left; the last and padding are -100."""
     labels = torch.full_like(ids, IGNORE)
     labels[:, :-1] = ids[:, 1:]
     return ids, labels.masked_fill_(labels == tokenizer.pad_id, IGNORE)
@@ -65,7 +65,7 @@ def choose_spans(
             start = int(torch.randint(length, (), generator=generator))
             stop = min(start + min(span, longest_span), length)
             free = allowed[start:stop] & ~row[start:stop]
-            # Only the unbroken run from `start` on: a span neither joins another nor jumps over a special token.
+            # Only the unbroken run from `start` on: a span never jumps over a special token or another span.
             run = int(free.long().cumprod(0).sum())
             row[start : start + min(run, missing)] = True
     return spans
@@ -93,10 +93,10 @@ def pad_rows(rows: list[torch.Tensor], fill: int) -> torch.Tensor:
 def gap_filling(ids: torch.Tensor, tokenizer: Tokenizer, generator: torch.Generator, rate: float = 0.3):
     """Infilling for an encoder-decoder: the encoder reads text with gaps, the decoder writes what is missing.
 
-    Each span shrinks to one `<gap>` in the encoder's input, as in BART's text infilling (Lewis et al. 2020); the decoder
-    writes the spans in order, a `<gap>` before each and `<eos>` last, as in T5 (Raffel et al. 2020).
-    Returns input_ids (batch, ≤ length), attention_mask of that shape (True at real tokens), decoder_input_ids and labels,
-    (batch, longest target), padding labelled -100.
+    Each span shrinks to one `<gap>` in the encoder's input, as in BART's text infilling (Lewis et al. 2020); the
+    decoder writes the spans in order, a `<gap>` before each and `<eos>` last, as in T5 (Raffel et al. 2020).
+    Returns input_ids (batch, ≤ length), attention_mask of that shape (True at real tokens), decoder_input_ids and
+    labels, (batch, longest target), padding labelled -100.
     """
     spans = choose_spans(ids >= tokenizer.special_count, generator, rate)
     gap, start, end = (torch.tensor([i]) for i in (tokenizer.gap_id, tokenizer.bos_id, tokenizer.eos_id))
@@ -116,7 +116,7 @@ def gap_filling(ids: torch.Tensor, tokenizer: Tokenizer, generator: torch.Genera
 
 
 def token_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Mean over the labels that are not -100, in float32; 0 (with gradient 0) where there is none. Logits (…, vocab)."""
+    """Mean over the labels that are not -100, in float32; 0 (gradient 0) where there is none. Logits (…, vocab)."""
     total = torch.nn.functional.cross_entropy(
         logits.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORE, reduction="sum"
     )
