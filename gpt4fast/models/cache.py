@@ -1,0 +1,92 @@
+"""The key-value cache: what a decoder remembers, so that each new token costs one token's work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .layers import Padding, TransformerConfig, check_positive, rotary_tables
+
+
+@dataclass
+class LayerCache:
+    """One layer's view of the cache, as `gpt4fast.attention_decode` takes it."""
+
+    key: Tensor  # (B, Hk, used, D)
+    value: Tensor  # (B, Hk, used, D)
+    lengths: Tensor  # (B,) int64, rows filled before this call
+    starts: Tensor | None  # (B,) int64, left padding
+
+
+class KeyValueCache:
+    """Room for max_length tokens per row, allocated once.
+
+    A forward with the cache appends its tokens and attends to all before them; call after call (a prompt, a chunk, one token) the
+    results equal one forward of the whole. Rows may have different lengths:
+
+    - a prompt padded on the left keeps the rows level; the padding is never attended to (`starts`);
+    - a prompt or chunk padded on the right advances each row by its real tokens only (`lengths`), and the next call overwrites the padding.
+
+    Rotary angles are those of the place in the cache. Left padding shifts a row's queries and keys alike, which rotary attention does
+    not see; learned positions count from `starts`.
+    """
+
+    def __init__(self, config: TransformerConfig, batch: int, max_length: int, like: Tensor):
+        check_positive("batch", batch)
+        check_positive("max_length", max_length)
+        if config.positions == "learned" and max_length > config.max_length:
+            raise ValueError(
+                f"max_length is {max_length}, more than the {config.max_length} learned positions of the model"
+            )
+        shape = (config.num_layers, batch, config.num_kv_heads, max_length, config.head_dim)
+        self.key = torch.zeros(shape, device=like.device, dtype=like.dtype)
+        self.value = torch.zeros_like(self.key)
+        self.lengths = torch.zeros(batch, device=like.device, dtype=torch.int64)
+        self.starts: Tensor | None = None
+        self.rotary = rotary_tables(max_length, config, like) if config.positions == "rotary" else None
+        self.used = 0  # the longest row, known to the host, so that nobody has to ask the device
+        # A decoder's cross-attention keys and values, per layer, and the encoder's padding: made at the first step, then reused.
+        self.cross: list[tuple[Tensor, Tensor]] | None = None
+        self.cross_padding: Padding | None = None
+
+    @property
+    def batch(self) -> int:
+        return self.key.shape[1]
+
+    @property
+    def max_length(self) -> int:
+        return self.key.shape[3]
+
+    def prepare(self, ids: Tensor, padding: Padding | None) -> None:
+        """Checks that a chunk of token ids (B, L) fits, and notes the left padding of the first."""
+        if ids.shape[0] != self.batch:
+            raise ValueError(f"input_ids has {ids.shape[0]} rows, the cache was made for {self.batch}")
+        if self.used + ids.shape[1] > self.max_length:
+            raise ValueError(
+                f"the cache holds {self.used} tokens of at most {self.max_length}; {ids.shape[1]} more do not fit"
+            )
+        if padding is None:
+            return
+        if self.used == 0:
+            self.starts = padding.starts
+        elif ids.device.type == "cpu" and bool(padding.starts.any()):
+            raise ValueError(
+                "attention_mask pads on the left of a later chunk; only the first chunk may be padded on the left"
+            )
+
+    def positions(self, length: int) -> Tensor:
+        """Positions (B, length) of the next tokens, counted from each row's first real token; padding counts as 0."""
+        starts = self.lengths if self.starts is None else self.lengths - self.starts
+        return (starts[:, None] + torch.arange(length, device=starts.device)).clamp(min=0)
+
+    def layer(self, index: int, length: int) -> LayerCache:
+        """The view that a chunk of the given length reads and writes: no longer than needed, whatever was allocated."""
+        stop = self.used + length
+        return LayerCache(self.key[index, :, :, :stop], self.value[index, :, :, :stop], self.lengths, self.starts)
+
+    def advance(self, length: int, padding: Padding | None) -> None:
+        """Counts a chunk in, once all layers have stored it."""
+        self.lengths = self.lengths + (length if padding is None else padding.lengths)
+        self.used += length

@@ -1,0 +1,133 @@
+"""DCGAN: images from noise by transposed convolutions, and the convolutions that judge them (Radford, Metz and Chintala 2016).
+
+Two stems, that is, two ways for the noise to reach the first transposed convolution:
+
+    "standard"  as it is:                                          100 → 256 → 128 → 64 → 3 to 32×32, 100 → 512 → 256 → 128 → 64 → 3 to 64×64
+    "tutorial"  through linear layers 100 → 256 → 512 → 784 → 100, as in the tutorial this project began with (docs/tutorial.md)
+
+Every transposed convolution has a 4×4 kernel. The first turns a 1×1 image into 4×4; each of the others, with stride 2 and padding 1,
+doubles it. Batch norm and activation belong to the layer, so that inference runs each as one kernel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from gpt4fast.nn import ConvTranspose2d
+
+from .layers import check_choice, check_positive
+from .pretrained import Pretrained
+
+STEM_WIDTHS = (256, 512, 784)
+
+
+@dataclass
+class DCGANConfig:
+    """Sizes of both networks, so that one configuration describes a pair that fits.
+
+    Raises:
+        ValueError: a size is not positive, image_size is not a power of two from 8 on, or a choice is unknown.
+    """
+
+    latent_dim: int = 100
+    image_size: int = 32  # a power of two, at least 8
+    channels: int = 3  # of the image
+    base_channels: int = 64  # of the largest hidden image; each halving of the size doubles them
+    stem: str = "tutorial"  # "tutorial", "standard"
+    generator_norm: str | None = "batch"  # "batch", None
+    # Batch norm in the discriminator, as in the paper, makes an image's logit depend on the others of its batch, which a gradient
+    # penalty (R1) must not have. So none is the default.
+    discriminator_norm: str | None = None  # "batch", None
+
+    def __post_init__(self) -> None:
+        for name in ("latent_dim", "image_size", "channels", "base_channels"):
+            check_positive(name, getattr(self, name))
+        if self.image_size < 8 or self.image_size & (self.image_size - 1):
+            raise ValueError(f"image_size must be a power of two, at least 8, got {self.image_size}")
+        check_choice("stem", self.stem, ("tutorial", "standard"))
+        check_choice("generator_norm", self.generator_norm, ("batch", None))
+        check_choice("discriminator_norm", self.discriminator_norm, ("batch", None))
+
+    @property
+    def widths(self) -> list[int]:
+        """Channels of the hidden images, from the 4×4 one to the one of half the image's size: 256, 128, 64 for 32×32."""
+        doublings = self.image_size.bit_length() - 4
+        return [self.base_channels << i for i in reversed(range(doublings + 1))]
+
+
+class DCGANGenerator(Pretrained, nn.Module):
+    """Noise (B, latent_dim) to images (B, channels, image_size, image_size) in [-1, 1]."""
+
+    model_type: ClassVar[str] = "dcgan_generator"
+    config_class: ClassVar[type] = DCGANConfig
+
+    def __init__(self, config: DCGANConfig):
+        super().__init__()
+        self.config = config
+        self.stem = nn.Sequential()
+        if config.stem == "tutorial":
+            widths = [config.latent_dim, *STEM_WIDTHS, config.latent_dim]
+            for before, after in pairwise(widths):
+                self.stem.extend([nn.Linear(before, after), nn.ReLU()])
+        widths, norm = config.widths, config.generator_norm
+        bias = norm is None  # batch norm takes any bias out again
+        self.layers = nn.Sequential(
+            ConvTranspose2d(config.latent_dim, widths[0], 4, bias=bias, norm=norm, activation="relu")
+        )
+        for before, after in pairwise(widths):
+            self.layers.append(
+                ConvTranspose2d(before, after, 4, stride=2, padding=1, bias=bias, norm=norm, activation="relu")
+            )
+        self.layers.append(ConvTranspose2d(widths[-1], config.channels, 4, stride=2, padding=1, activation="tanh"))
+        init_convolutions(self)
+
+    def forward(self, z: Tensor) -> Tensor:
+        check_latent(z, self.config.latent_dim)
+        return self.layers(self.stem(z)[:, :, None, None])
+
+
+class DCGANDiscriminator(Pretrained, nn.Module):
+    """Images (B, channels, image_size, image_size) to logits (B,), unbounded: positive says real. No sigmoid; losses take logits."""
+
+    model_type: ClassVar[str] = "dcgan_discriminator"
+    config_class: ClassVar[type] = DCGANConfig
+
+    def __init__(self, config: DCGANConfig):
+        super().__init__()
+        self.config = config
+        widths, norm = config.widths[::-1], config.discriminator_norm
+        self.layers = nn.Sequential(nn.Conv2d(config.channels, widths[0], 4, stride=2, padding=1), nn.LeakyReLU(0.2))
+        for before, after in pairwise(widths):
+            self.layers.append(nn.Conv2d(before, after, 4, stride=2, padding=1, bias=norm is None))
+            if norm == "batch":
+                self.layers.append(nn.BatchNorm2d(after))
+            self.layers.append(nn.LeakyReLU(0.2))
+        self.layers.append(nn.Conv2d(widths[-1], 1, 4))
+        init_convolutions(self)
+
+    def forward(self, images: Tensor) -> Tensor:
+        size = (self.config.channels, self.config.image_size, self.config.image_size)
+        if images.dim() != 4 or images.shape[1:] != size:
+            raise ValueError(f"images must be (batch, {', '.join(map(str, size))}), got {tuple(images.shape)}")
+        return self.layers(images).flatten()
+
+
+def check_latent(z: Tensor, latent_dim: int) -> None:
+    if z.dim() != 2 or z.shape[1] != latent_dim:
+        raise ValueError(f"z must be (batch, {latent_dim}), got {tuple(z.shape)}")
+    if not z.is_floating_point():
+        raise TypeError(f"z must be floating point, got {z.dtype}")
+
+
+def init_convolutions(model: nn.Module) -> None:
+    """The paper's initial values: weights N(0, 0.02), batch norm's scale N(1, 0.02), biases zero. Linear layers keep torch's:
+    four of them at 0.02 would shrink the noise ten thousand times before the first convolution saw it."""
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)):
+            nn.init.normal_(module.weight, mean=float(isinstance(module, nn.BatchNorm2d)), std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)

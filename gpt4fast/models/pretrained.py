@@ -1,0 +1,143 @@
+"""Saving a model to a folder and loading it back: weights in safetensors, configuration in JSON.
+
+    folder/config.json         {"model_type": "gpt", "format_version": 1, ...the fields of the configuration}
+    folder/model.safetensors   every tensor of the state dict once; a tied weight under the first of its names
+
+Each file is written under a temporary name and renamed, so an interrupted save leaves the old one whole. Loading is strict: a wrong
+class, an unknown field, a missing, unexpected or mis-shaped tensor each raise an error that names it. Dtypes come back as saved.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar, get_args, get_type_hints
+
+import torch
+from torch import Tensor
+
+FORMAT_VERSION = 1
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+
+
+class Pretrained:
+    """Mixin of a torch.nn.Module that is built as `Class(config)` and keeps it as `.config`."""
+
+    model_type: ClassVar[str]
+    config_class: ClassVar[type]
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Writes config.json and model.safetensors into folder, which is made where it is missing."""
+        from safetensors.torch import save_file
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        header = {"model_type": self.model_type, "format_version": FORMAT_VERSION}
+        text = json.dumps(header | dataclasses.asdict(self.config), indent=2) + "\n"
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in _distinct_tensors(self).items()}
+        _replace_file(folder / WEIGHTS_FILE, lambda path: save_file(weights, path, metadata={"format": "pt"}))
+        _replace_file(folder / CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike) -> Any:
+        """The model of this class that `save_pretrained` wrote into folder, on the CPU, in training mode as any new module.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: another class, a newer format, an unknown or missing field, tensors that do not fit the configuration.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        folder = Path(folder)
+        for name in (CONFIG_FILE, WEIGHTS_FILE):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(
+                    f"{folder / name} does not exist; {cls.__name__}.save_pretrained(folder) writes it"
+                )
+        config = cls._read_config(folder / CONFIG_FILE)
+        with torch.random.fork_rng(
+            devices=[]
+        ):  # the initial values are thrown away: they must not move the caller's generator
+            model = cls(config)
+        try:
+            weights = load_file(folder / WEIGHTS_FILE)
+        except SafetensorError as error:
+            raise ValueError(f"{folder / WEIGHTS_FILE} is not a whole safetensors file: {error}") from error
+        _fill(model, weights, folder / WEIGHTS_FILE)
+        return model
+
+    @classmethod
+    def _read_config(cls, path: Path) -> Any:
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is not JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} must hold one JSON object, got {type(values).__name__}")
+        found = values.pop("model_type", None)
+        if found != cls.model_type:
+            raise ValueError(f"{path} describes a model of type {found!r}; {cls.__name__} is {cls.model_type!r}")
+        version = values.pop("format_version", None)
+        if version != FORMAT_VERSION:
+            raise ValueError(f"{path} has format_version {version!r}; this gpt4fast reads {FORMAT_VERSION}")
+        return _config_from_dict(cls.config_class, values, str(path))
+
+
+def _config_from_dict(config_class: type, values: dict[str, Any], where: str) -> Any:
+    types = get_type_hints(config_class)
+    known = {field.name for field in dataclasses.fields(config_class)}
+    if unknown := sorted(set(values) - known):
+        raise ValueError(f"{where}: {config_class.__name__} has no field {', '.join(unknown)}")
+    if missing := sorted(known - set(values)):
+        raise ValueError(f"{where}: the field {', '.join(missing)} of {config_class.__name__} is missing")
+    arguments = {}
+    for name, value in values.items():
+        nested = [kind for kind in (types[name], *get_args(types[name])) if dataclasses.is_dataclass(kind)]
+        if nested and isinstance(value, dict):
+            value = _config_from_dict(nested[0], value, f"{where}, {name}")
+        elif isinstance(value, list):
+            value = tuple(value)  # JSON has no tuples; no configuration holds a list
+        arguments[name] = value
+    return config_class(**arguments)
+
+
+def _distinct_tensors(model: Any) -> dict[str, Tensor]:
+    """The state dict with each tensor once: a tied weight goes by the first of its names."""
+    first: dict[int, str] = {}
+    state = model.state_dict(keep_vars=True)  # the parameters themselves, so that tied ones are the same object
+    return {name: tensor for name, tensor in state.items() if first.setdefault(id(tensor), name) == name}
+
+
+def _fill(model: Any, weights: dict[str, Tensor], path: Path) -> None:
+    state = _distinct_tensors(model)
+    problems = [f"missing {name}" for name in state if name not in weights]
+    problems += [f"unexpected {name}" for name in weights if name not in state]
+    problems += [
+        f"{name} is {tuple(weights[name].shape)} instead of {tuple(tensor.shape)}"
+        for name, tensor in state.items()
+        if name in weights and weights[name].shape != tensor.shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise ValueError(f"{path} does not fit its config.json: {'; '.join(problems[:8])}{more}")
+    for name, tensor in state.items():
+        tensor.data = weights[name]  # takes the saved dtype too, and reaches every name of a tied weight
+
+
+def _replace_file(path: Path, write: Callable[[Path], Any]) -> None:
+    """Runs write on a temporary file beside path, then renames it to path."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        write(Path(temporary))
+        os.chmod(temporary, 0o644)  # mkstemp gives 0600, which no one else could read
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
