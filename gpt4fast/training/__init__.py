@@ -1,0 +1,1 @@
+"""Training: a resumable loop, adversarial training, pre-training and fine-tuning of Transformers."""
