@@ -23,14 +23,15 @@ class LayerCache:
 class KeyValueCache:
     """Room for max_length tokens per row, allocated once.
 
-    A forward with the cache appends its tokens and attends to all before them; call after call (a prompt, a chunk, one token) the
-    results equal one forward of the whole. Rows may have different lengths:
+    A forward with the cache appends its tokens and attends to all before them; call after call (a prompt, a chunk, one
+    token) the results equal one forward of the whole. Rows may have different lengths:
 
     - a prompt padded on the left keeps the rows level; the padding is never attended to (`starts`);
-    - a prompt or chunk padded on the right advances each row by its real tokens only (`lengths`), and the next call overwrites the padding.
+    - a prompt or chunk padded on the right advances each row by its real tokens only (`lengths`), and the next call
+      overwrites the padding.
 
-    Rotary angles are those of the place in the cache. Left padding shifts a row's queries and keys alike, which rotary attention does
-    not see; learned positions count from `starts`.
+    Rotary angles are those of the place in the cache. Left padding shifts a row's queries and keys alike, which rotary
+    attention does not see; learned positions count from `starts`.
     """
 
     def __init__(self, config: TransformerConfig, batch: int, max_length: int, like: Tensor):
@@ -47,7 +48,8 @@ class KeyValueCache:
         self.starts: Tensor | None = None
         self.rotary = rotary_tables(max_length, config, like) if config.positions == "rotary" else None
         self.used = 0  # the longest row, known to the host, so that nobody has to ask the device
-        # A decoder's cross-attention keys and values, per layer, and the encoder's padding: made at the first step, then reused.
+        # A decoder's cross-attention keys and values, per layer, and the encoder's padding: made at the first step,
+        # then reused.
         self.cross: list[tuple[Tensor, Tensor]] | None = None
         self.cross_padding: Padding | None = None
 

@@ -1,12 +1,12 @@
-"""DCGAN: images from noise by transposed convolutions, and the convolutions that judge them (Radford, Metz and Chintala 2016).
+"""DCGAN: images from noise by transposed convolutions, and the convolutions that judge them (Radford et al. 2016).
 
 Two stems, that is, two ways for the noise to reach the first transposed convolution:
 
-    "standard"  as it is:                                          100 → 256 → 128 → 64 → 3 to 32×32, 100 → 512 → 256 → 128 → 64 → 3 to 64×64
-    "tutorial"  through linear layers 100 → 256 → 512 → 784 → 100, as in the tutorial this project began with (docs/tutorial.md)
+    "standard"  as it is: 100 → 256 → 128 → 64 → 3 to 32×32, 100 → 512 → 256 → 128 → 64 → 3 to 64×64
+    "tutorial"  through linear layers first, 100 → 256 → 512 → 784 → 100, as in the tutorial (docs/tutorial.md)
 
-Every transposed convolution has a 4×4 kernel. The first turns a 1×1 image into 4×4; each of the others, with stride 2 and padding 1,
-doubles it. Batch norm and activation belong to the layer, so that inference runs each as one kernel.
+Every transposed convolution has a 4×4 kernel. The first turns a 1×1 image into 4×4; each of the others, with stride 2
+and padding 1, doubles it. Batch norm and activation belong to the layer, so that inference runs each as one kernel.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class DCGANConfig:
     base_channels: int = 64  # of the largest hidden image; each halving of the size doubles them
     stem: str = "tutorial"  # "tutorial", "standard"
     generator_norm: str | None = "batch"  # "batch", None
-    # Batch norm in the discriminator, as in the paper, makes an image's logit depend on the others of its batch, which a gradient
-    # penalty (R1) must not have. So none is the default.
+    # Batch norm in the discriminator, as in the paper, makes an image's logit depend on the others of its batch, which
+    # a gradient penalty (R1) must not have. So none is the default.
     discriminator_norm: str | None = None  # "batch", None
 
     def __post_init__(self) -> None:
@@ -54,7 +54,7 @@ class DCGANConfig:
 
     @property
     def widths(self) -> list[int]:
-        """Channels of the hidden images, from the 4×4 one to the one of half the image's size: 256, 128, 64 for 32×32."""
+        """Channels of the hidden images, from the 4×4 to the half-size one: 256, 128, 64 for 32×32."""
         doublings = self.image_size.bit_length() - 4
         return [self.base_channels << i for i in reversed(range(doublings + 1))]
 
@@ -91,7 +91,7 @@ class DCGANGenerator(Pretrained, nn.Module):
 
 
 class DCGANDiscriminator(Pretrained, nn.Module):
-    """Images (B, channels, image_size, image_size) to logits (B,), unbounded: positive says real. No sigmoid; losses take logits."""
+    """Images (B, channels, image_size, image_size) to unbounded logits (B,): positive says real. Losses take logits."""
 
     model_type: ClassVar[str] = "dcgan_discriminator"
     config_class: ClassVar[type] = DCGANConfig
@@ -124,8 +124,8 @@ def check_latent(z: Tensor, latent_dim: int) -> None:
 
 
 def init_convolutions(model: nn.Module) -> None:
-    """The paper's initial values: weights N(0, 0.02), batch norm's scale N(1, 0.02), biases zero. Linear layers keep torch's:
-    four of them at 0.02 would shrink the noise ten thousand times before the first convolution saw it."""
+    """The paper's initial values: weights N(0, 0.02), batch norm's scale N(1, 0.02), biases zero. Linear layers keep
+    torch's: four of them at 0.02 would shrink the noise ten thousand times before the first convolution saw it."""
     for module in model.modules():
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)):
             nn.init.normal_(module.weight, mean=float(isinstance(module, nn.BatchNorm2d)), std=0.02)

@@ -1,7 +1,8 @@
 """Encoder: a transformer that reads a whole text at once, with a masked-language-model head.
 
-After BERT (Devlin et al. 2019), with pre-norm blocks and without segment embeddings: the head is BERT's (dense, GELU, norm, then the token
-embedding again). Read with `is_causal=True`, the same weights predict the next token, so one model can be pre-trained on both objectives.
+After BERT (Devlin et al. 2019), with pre-norm blocks and without segment embeddings: the head is BERT's (dense, GELU,
+norm, then the token embedding again). Read with `is_causal=True`, the same weights predict the next token, so one model
+can be pre-trained on both objectives.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""EncoderDecoder: an encoder that reads, and a decoder that writes while looking at what was read (Vaswani et al. 2017).
+"""EncoderDecoder: one stack reads, the other writes while looking at what was read (Vaswani et al. 2017).
 
-The encoder may come from elsewhere, pre-trained: it is used as it is, the very module, so training the whole trains it further. The
-decoder is the stack of GPT with cross attention in each block; by default it has the encoder's sizes and shares its token embedding.
+The encoder may come from elsewhere, pre-trained: it is used as it is, the very module, so training the whole trains it
+further. The decoder is the stack of GPT with cross attention in each block; by default it has the encoder's sizes and
+shares its token embedding.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from .pretrained import Pretrained
 
 @dataclass
 class EncoderDecoderConfig:
-    """
+    """The configurations of both halves.
+
     Raises:
         ValueError: share_embeddings, while the two stacks differ in vocab_size or embed_dim.
     """
@@ -47,13 +49,15 @@ class EncoderDecoderOutput(NamedTuple):
 class EncoderDecoder(Pretrained, nn.Module):
     """Sequence to sequence.
 
-    forward(input_ids, decoder_input_ids, labels=None, *, attention_mask=None, decoder_attention_mask=None, encoder_output=None, cache=None):
-        input_ids: (B, S), what is read. None where encoder_output is given, or the cache has been through its first step.
+    forward(input_ids, decoder_input_ids, labels=None, *,
+            attention_mask=None, decoder_attention_mask=None, encoder_output=None, cache=None):
+        input_ids: (B, S), what is read. None where encoder_output is given, or the cache is past its first step.
         decoder_input_ids: (B, L), what is written so far; with a cache, the tokens since the last call.
         labels: (B, L), the token that each decoder position should predict; -100 is ignored. Nothing is shifted.
-        attention_mask: (B, S) of input_ids, true at real tokens, one run per row. decoder_attention_mask: (B, L), likewise.
+        attention_mask: (B, S) of input_ids, true at real tokens, one run per row.
+        decoder_attention_mask: (B, L) of decoder_input_ids, likewise.
         encoder_output: (B, S, encoder embed_dim), as an earlier call returned it; the encoder is not run again.
-        cache: from `make_cache`. At its first step each layer's cross keys and values are made, and kept with attention_mask.
+        cache: from `make_cache`. Its first step makes each layer's cross keys and values, and keeps them.
     """
 
     model_type: ClassVar[str] = "encoder_decoder"
@@ -100,8 +104,8 @@ class EncoderDecoder(Pretrained, nn.Module):
                 self.config.encoder.embed_dim,
             ):
                 raise ValueError(
-                    f"encoder_output must be ({len(decoder_input_ids)}, S, {self.config.encoder.embed_dim}) for these decoder_input_ids, "
-                    f"got {tuple(encoder_output.shape)}"
+                    f"encoder_output must be ({len(decoder_input_ids)}, S, {self.config.encoder.embed_dim}) "
+                    f"for these decoder_input_ids, got {tuple(encoder_output.shape)}"
                 )
             cross_padding = Padding.from_mask(attention_mask, encoder_output[..., 0])
             cross = [block.cross_attention.project(encoder_output) for block in self.decoder.blocks]

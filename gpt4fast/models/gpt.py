@@ -3,8 +3,8 @@
     model = GPT(GPTConfig.llama(vocab_size=512, num_layers=4, num_heads=4, num_kv_heads=2, embed_dim=128, mlp_dim=None))
     loss = model(ids[:, :-1], labels=ids[:, 1:]).loss
 
-Labels stand where the model predicts them: `labels[b, t]` is what position t should say, that is, the token after it. No model here
-shifts anything by itself.
+Labels stand where the model predicts them: `labels[b, t]` is what position t should say, that is, the token after it.
+No model here shifts anything by itself.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ class GPTConfig(TransformerConfig):
     def llama(cls, **changes: Any) -> GPTConfig:
         """Llama's style (Touvron et al. 2023) at TinyLlama's 1.1 billion parameters."""
         llama = {
-            "vocab_size": 32000, "max_length": 2048, "num_layers": 22, "num_heads": 32, "num_kv_heads": 4, "embed_dim": 2048, "mlp_dim": 5632,
+            "vocab_size": 32000, "max_length": 2048, "num_layers": 22,
+            "num_heads": 32, "num_kv_heads": 4, "embed_dim": 2048, "mlp_dim": 5632,
             "norm": "rms", "positions": "rotary", "mlp": "swiglu", "bias": False, "tie_embeddings": False,
         }  # fmt: skip
         if not {"num_heads", "embed_dim"}.isdisjoint(changes):  # another size: these follow from it unless given
@@ -55,7 +56,7 @@ class GPT(Pretrained, nn.Module):
         cache: from `make_cache`; the ids continue what it holds, and gradients do not reach through it.
 
     Raises:
-        TypeError, ValueError: ids of the wrong type, shape, length or (on the CPU) value; a mask with holes; a full cache.
+        TypeError, ValueError: ids of a wrong type, shape, length or (on the CPU) value; a broken mask; a full cache.
     """
 
     model_type: ClassVar[str] = "gpt"

@@ -1,11 +1,12 @@
 """The pieces that every transformer here is made of, in the order in which a token meets them.
 
-One configuration says which style a model has: GPT-2 (layer norm, learned positions, GELU, biases), Llama (RMS norm, rotary positions,
-SwiGLU, grouped-query attention, no biases), or anything between. All blocks are pre-norm, x + f(norm(x)), so the residual stream is never
-normalised on its way and a fresh model trains without a warm-up.
+One configuration says which style a model has: GPT-2 (layer norm, learned positions, GELU, biases), Llama (RMS norm,
+rotary positions, SwiGLU, grouped-query attention, no biases), or anything between. All blocks are pre-norm,
+x + f(norm(x)), so the residual stream is never normalised on its way and a fresh model trains without a warm-up.
 
-Attention never sees a padding mask. A row of padded tokens is a run of real ones, and a run is two numbers, where it starts and where it
-ends: `gpt4fast.attention` takes them as `kv_starts` and `kv_lengths` and skips the rest, where a mask would be read for every score.
+Attention never sees a padding mask. A row of padded tokens is a run of real ones, and a run is two numbers, where it
+starts and where it ends: `gpt4fast.attention` takes them as `kv_starts` and `kv_lengths` and skips the rest, where a
+mask would be read for every score.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ class TransformerConfig:
         return self.embed_dim // self.num_heads
 
 
-# -- Checks. What a user gets wrong is said by name; nothing here waits for a GPU. --------------------------------------------------------
+# -- Checks. What a user gets wrong is said by name; nothing here waits for a GPU. -------------------------------------
 
 
 def check_positive(name: str, value: int) -> None:
@@ -117,7 +118,7 @@ def _check_integer_tensor(name: str, ids: Tensor) -> None:
 
 
 def _check_values(name: str, ids: Tensor, vocab_size: int, *, ignored: bool = False) -> None:
-    """Looks at values on the CPU only: on a GPU that would wait for the device, and torch's embedding asserts there anyway."""
+    """Looks at values on the CPU only: a GPU would have to be waited for, and torch's embedding asserts there."""
     if ids.device.type != "cpu" or torch.compiler.is_compiling():
         return
     seen = ids[ids != IGNORED_LABEL] if ignored else ids
@@ -139,7 +140,7 @@ class Padding:
 
     @classmethod
     def from_mask(cls, attention_mask: Tensor | None, ids: Tensor, name: str = "attention_mask") -> Padding | None:
-        """From a (B, L) bool or integer mask, true at real tokens, which must be one run per row (padding left, right, or both)."""
+        """From a (B, L) bool or integer mask, true at real tokens, which must be one unbroken run in each row."""
         if attention_mask is None:
             return None
         if attention_mask.shape != ids.shape:
@@ -163,7 +164,7 @@ class Padding:
         return cls(first, first + count)
 
 
-# -- Positions ----------------------------------------------------------------------------------------------------------------------------
+# -- Positions ---------------------------------------------------------------------------------------------------------
 
 
 def rotary_tables(length: int, config: TransformerConfig, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -185,7 +186,7 @@ def apply_rotary(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1).to(x.dtype)
 
 
-# -- Layers -------------------------------------------------------------------------------------------------------------------------------
+# -- Layers ------------------------------------------------------------------------------------------------------------
 
 
 def make_norm(config: TransformerConfig) -> nn.Module:
@@ -195,7 +196,7 @@ def make_norm(config: TransformerConfig) -> nn.Module:
 
 
 class MLP(nn.Module):
-    """The two-layer perceptron of a block: GELU, or SwiGLU (Shazeer 2020), whose gate and input come from one matrix product."""
+    """The perceptron of a block: GELU, or SwiGLU (Shazeer 2020), whose gate and input come from one matrix product."""
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
@@ -212,7 +213,7 @@ class MLP(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention of a sequence to itself, with grouped-query heads, rotary positions and a key-value cache where asked for."""
+    """Attention of a sequence to itself, with grouped-query heads, rotary positions and a cache where asked for."""
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
@@ -255,7 +256,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention of the decoder's tokens to the encoder's. Their keys and values are the same at every step: `project` makes them once."""
+    """Attention of the decoder's tokens to the encoder's, whose keys and values `project` makes once for all steps."""
 
     def __init__(self, config: TransformerConfig, encoder_dim: int):
         super().__init__()
@@ -283,7 +284,7 @@ class CrossAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention to oneself, then, in a decoder that has an encoder, to the encoder, then the perceptron; each added to the stream."""
+    """Attention to oneself, then to the encoder where there is one, then the perceptron; each added to the stream."""
 
     def __init__(self, config: TransformerConfig, encoder_dim: int | None = None):
         super().__init__()
@@ -312,12 +313,12 @@ class Block(nn.Module):
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 
-# -- What surrounds the blocks ------------------------------------------------------------------------------------------------------------
+# -- What surrounds the blocks -----------------------------------------------------------------------------------------
 
 
 def init_weights(model: nn.Module, num_residuals: int) -> None:
-    """GPT-2's initial values: N(0, 0.02), zero biases, and what writes to the residual stream smaller by the root of how many do,
-    so that the stream's variance at the last layer does not grow with depth."""
+    """GPT-2's initial values: N(0, 0.02), zero biases, and what writes to the residual stream smaller by the root of
+    how many do, so that the stream's variance at the last layer does not grow with depth."""
     for name, module in model.named_modules():
         if isinstance(module, (nn.Linear, nn.Embedding)):
             writes_to_stream = name.endswith((".out", ".down"))
@@ -327,7 +328,7 @@ def init_weights(model: nn.Module, num_residuals: int) -> None:
 
 
 class Stack(nn.Module):
-    """Token ids in, hidden states out: embeddings, blocks and the last norm. GPT, Encoder and EncoderDecoder each put a head on one."""
+    """Token ids in, hidden states out: embeddings, blocks and the last norm. Every model here puts a head on one."""
 
     def __init__(self, config: TransformerConfig, encoder_dim: int | None = None):
         super().__init__()
@@ -379,7 +380,7 @@ class Stack(nn.Module):
 
 
 def token_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross entropy over the labels that are not -100, in at least float32; zero, not NaN, where all are ignored."""
+    """Mean cross entropy over the labels that are not -100, in at least float32; zero, not NaN, where all are."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     total = F.cross_entropy(logits.flatten(0, 1), labels.flatten().long(), ignore_index=IGNORED_LABEL, reduction="sum")
     return total / (labels != IGNORED_LABEL).sum().clamp(min=1)

@@ -3,8 +3,9 @@
     folder/config.json         {"model_type": "gpt", "format_version": 1, ...the fields of the configuration}
     folder/model.safetensors   every tensor of the state dict once; a tied weight under the first of its names
 
-Each file is written under a temporary name and renamed, so an interrupted save leaves the old one whole. Loading is strict: a wrong
-class, an unknown field, a missing, unexpected or mis-shaped tensor each raise an error that names it. Dtypes come back as saved.
+Each file is written under a temporary name and renamed, so an interrupted save leaves the old one whole. Loading is
+strict: a wrong class, an unknown field, a missing, unexpected or mis-shaped tensor each raise an error that names it.
+Dtypes come back as saved.
 """
 
 from __future__ import annotations
@@ -45,11 +46,11 @@ class Pretrained:
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike) -> Any:
-        """The model of this class that `save_pretrained` wrote into folder, on the CPU, in training mode as any new module.
+        """The model that `save_pretrained` wrote into folder, on the CPU, in training mode as any new module is.
 
         Raises:
             FileNotFoundError: a file is missing.
-            ValueError: another class, a newer format, an unknown or missing field, tensors that do not fit the configuration.
+            ValueError: another class or format, an unknown or missing field, tensors that do not fit the configuration.
         """
         from safetensors import SafetensorError
         from safetensors.torch import load_file

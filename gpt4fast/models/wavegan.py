@@ -1,8 +1,9 @@
 """WaveGAN: sound from noise, DCGAN flattened to one dimension (Donahue, McAuley and Puckette 2019).
 
-A 4×4 kernel with stride 2 becomes a kernel of 25 with stride 4: as many weights, and a receptive field that grows as fast per sample.
-A linear layer makes the first short, wide signal; each transposed convolution makes it four times longer and half as wide. At the paper's
-16,384 samples and base_channels 64: 16×1024 → 64×512 → 256×256 → 1024×128 → 4096×64 → 16384×1.
+A 4×4 kernel with stride 2 becomes a kernel of 25 with stride 4: as many weights, and a receptive field that grows as
+fast per sample. A linear layer makes the first short, wide signal; each transposed convolution makes it four times
+longer and half as wide. At the paper's 16,384 samples and base_channels 64: 16×1024 → 64×512 → 256×256 → 1024×128 →
+4096×64 → 16384×1.
 """
 
 from __future__ import annotations
@@ -96,8 +97,9 @@ class WaveGANGenerator(Pretrained, nn.Module):
 class WaveGANDiscriminator(Pretrained, nn.Module):
     """Waves (B, channels, samples) to logits (B,), unbounded: positive says real.
 
-    In training, the hidden signals are shifted by a few random samples (phase shuffle). A transposed convolution leaves a tone of its
-    stride in all it makes, always in the same phase; a discriminator that could rely on the phase would learn nothing else.
+    In training, the hidden signals are shifted by a few random samples (phase shuffle). A transposed convolution leaves
+    a tone of its stride in all it makes, always in the same phase; a discriminator that could rely on the phase would
+    learn nothing else.
     """
 
     model_type: ClassVar[str] = "wavegan_discriminator"
@@ -127,7 +129,7 @@ class WaveGANDiscriminator(Pretrained, nn.Module):
 
 
 def phase_shuffle(x: Tensor, most: int) -> Tensor:
-    """Shifts each row of x (B, C, L) by its own random number of samples, at most `most` either way; the ends are mirrored."""
+    """Shifts each row of x (B, C, L) by its own random number of samples, up to `most` either way, mirrored at the ends."""
     L = x.shape[-1]
     shift = torch.randint(-most, most + 1, (len(x), 1, 1), device=x.device)
     index = (torch.arange(L, device=x.device) + shift).abs()  # mirrored at sample 0, then at sample L - 1
