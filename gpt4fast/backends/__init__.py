@@ -1,0 +1,1 @@
+"""Implementations of the ops: ``dispatch`` chooses one, each of the others holds one."""

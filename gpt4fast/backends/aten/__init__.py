@@ -1,0 +1,1 @@
+"""Torch's own kernels, with what they lack composed around them."""

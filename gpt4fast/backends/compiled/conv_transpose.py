@@ -1,0 +1,145 @@
+"""Adapters to the compiled ``gpt4fast::conv_transpose_forward`` and ``gpt4fast::affine_activation``, with their shape
+rules and gradients."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import native
+from ..aten.conv_transpose import FUNCTIONS
+from ..reference.conv_transpose import ACTIVATIONS, epilogue, memory_format, output_sizes
+
+
+def conv_transpose(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    output_padding: tuple[int, ...],
+    groups: int,
+    dilation: tuple[int, ...],
+    scale: Tensor | None,
+    shift: Tensor | None,
+    activation: str | None,
+    negative_slope: float,
+) -> Tensor:
+    """(N, Cout, *out), computed and finished in one pass by the native kernel."""
+    channels_last = memory_format(input, weight) != torch.contiguous_format
+    return torch.ops.gpt4fast.conv_transpose_forward(
+        input, weight, bias, stride, padding, output_padding, groups, dilation, scale, shift, activation or "none",
+        negative_slope, channels_last,
+    )  # fmt: skip
+
+
+def conv_transpose_then_affine(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    output_padding: tuple[int, ...],
+    groups: int,
+    dilation: tuple[int, ...],
+    scale: Tensor | None,
+    shift: Tensor | None,
+    activation: str | None,
+    negative_slope: float,
+) -> Tensor:
+    """Torch's convolution (cuDNN's on a GPU), then bias, scale, shift and activation in one pass over its output."""
+    convolve = FUNCTIONS[input.dim() - 2]
+    output = convolve(input, weight, None, stride, padding, output_padding, groups, dilation)
+    return torch.ops.gpt4fast.affine_activation(output, bias, scale, shift, activation or "none", negative_slope)
+
+
+def _fake_conv_transpose(
+    input, weight, bias, stride, padding, output_padding, groups, dilation, scale, shift, activation, slope, channels_last
+):
+    sizes = output_sizes(input.shape[2:], weight.shape[2:], stride, padding, output_padding, dilation)
+    output = input.new_empty(input.shape[0], weight.shape[1] * groups, *sizes)
+    if not channels_last:
+        return output
+    return output.to(memory_format=torch.channels_last if output.dim() == 4 else torch.channels_last_3d)
+
+
+def _affine_activation(output, bias, scale, shift, activation, negative_slope):
+    """The epilogue in differentiable torch operations."""
+    if bias is not None:
+        output = output + bias.view(-1, *(1,) * (output.dim() - 2))
+    return epilogue(output, scale, shift, None if activation == "none" else activation, negative_slope)
+
+
+def _activation_gradient(x: Tensor, activation: str, negative_slope: float) -> Tensor:
+    """Derivative of the activation at ``x``, in differentiable operations."""
+    if activation == "relu":
+        return (x > 0).to(x.dtype)
+    if activation == "leaky_relu":
+        return torch.where(x > 0, 1.0, negative_slope).to(x.dtype)
+    y = ACTIVATIONS["sigmoid" if activation == "silu" else activation](x, negative_slope)
+    if activation == "tanh":
+        return 1 - y * y
+    if activation == "sigmoid":
+        return y * (1 - y)
+    if activation == "silu":
+        return y * (1 + x * (1 - y))
+    normal_cdf = 0.5 * (1 + torch.erf(x * 0.5**0.5))
+    return normal_cdf + x * torch.exp(-0.5 * x * x) * (0.5 / torch.pi) ** 0.5
+
+
+def _affine_backward(grad, output, bias, scale, shift, activation, negative_slope):
+    """Gradients of ``_affine_activation`` for output, bias, scale and shift, the latter three None where absent."""
+    shape = (-1, *(1,) * (output.dim() - 2))
+    others = [0, *range(2, output.dim())]
+    biased = output if bias is None else output + bias.view(shape)
+    if activation != "none":
+        affine = epilogue(biased, scale, shift, None, 0.0)
+        grad = grad * _activation_gradient(affine, activation, negative_slope)
+    grad_shift = None if shift is None else grad.sum(others)
+    grad_scale = None if scale is None else (grad * biased).sum(others)
+    grad_output = grad if scale is None else grad * scale.view(shape)
+    grad_bias = None if bias is None else grad_output.sum(others)
+    return grad_output, grad_bias, grad_scale, grad_shift
+
+
+def _setup_conv_transpose(ctx, inputs, output):
+    input, weight, bias, *geometry, scale, shift, activation, slope, _ = inputs
+    ctx.save_for_backward(input, weight, bias, scale, shift)
+    ctx.settings = geometry, activation, slope
+
+
+def _backward_conv_transpose(ctx, grad):
+    input, weight, bias, scale, shift = ctx.saved_tensors
+    (stride, padding, output_padding, groups, dilation), activation, slope = ctx.settings
+    grad_bias = grad_scale = grad_shift = None
+    if activation == "none" and scale is None:  # the gradient does not depend on the convolution's output
+        grad_shift, grad_bias = (None if t is None else grad.sum([0, *range(2, grad.dim())]) for t in (shift, bias))
+    else:
+        convolve = FUNCTIONS[input.dim() - 2]
+        output = convolve(input, weight, None, stride, padding, output_padding, groups, dilation)
+        grad, grad_bias, grad_scale, grad_shift = _affine_backward(grad, output, bias, scale, shift, activation, slope)
+    wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], False]
+    grad_input, grad_weight, _ = torch.ops.aten.convolution_backward(
+        grad, input, weight, None, stride, padding, dilation, True, output_padding, groups, wanted
+    )
+    return grad_input, grad_weight, grad_bias, *(None,) * 5, grad_scale, grad_shift, None, None, None
+
+
+def _setup_affine(ctx, inputs, output):
+    *tensors, activation, slope = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.settings = activation, slope
+
+
+def _backward_affine(ctx, grad):
+    return *_affine_backward(grad, *ctx.saved_tensors, *ctx.settings), None, None
+
+
+native.load()
+if native.cpu_library_error() is None:
+    torch.library.register_fake("gpt4fast::conv_transpose_forward", _fake_conv_transpose)
+    torch.library.register_autograd(
+        "gpt4fast::conv_transpose_forward", _backward_conv_transpose, setup_context=_setup_conv_transpose
+    )
+    torch.library.register_fake("gpt4fast::affine_activation", lambda input, *_: torch.empty_like(input))
+    torch.library.register_autograd("gpt4fast::affine_activation", _backward_affine, setup_context=_setup_affine)

@@ -1,0 +1,182 @@
+"""The one place that chooses an implementation.
+
+The order is: the ``impl`` argument, the environment variable ``GPT4FAST_IMPL``, then "auto". An explicit choice that
+can't serve a call raises and says why. "auto" takes the first of the op's preference list that can, and the
+preference lists follow measurements (``benchmarks/LOG.md``).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import native
+from .aten import attention as aten_attention
+from .aten import conv_transpose as aten_conv_transpose
+from .compiled import attention as compiled_attention
+from .compiled import conv_transpose as compiled_conv_transpose
+from .reference import attention as reference_attention
+from .reference import conv_transpose as reference_conv_transpose
+
+IMPLEMENTATIONS = ("native", "triton", "cuda", "reference", "torch")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An implementation of one op: the function, and the reason why it can't serve a call (None when it can)."""
+
+    run: Callable
+    refusal: Callable[[dict], str | None]
+
+
+@dataclass(frozen=True)
+class Op:
+    """An op's implementations by name, and the order in which "auto" tries them for a call."""
+
+    name: str
+    candidates: dict[str, Candidate]
+    preference: Callable[[dict], tuple[str, ...]]
+
+    def refusal(self, implementation: str, call: dict) -> str | None:
+        if implementation not in self.candidates:
+            return f"this version has no {implementation} kernel for {self.name}"
+        return self.candidates[implementation].refusal(call)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a call runs on. ``reasons`` tells of every other implementation why it was not taken."""
+
+    op: str
+    implementation: str
+    reasons: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"{self.op} runs on: {self.implementation}"]
+        return "\n".join(lines + [f"  not {name}: {reason}" for name, reason in self.reasons.items()])
+
+
+def requested(impl: str | None) -> str:
+    """The implementation asked for by the argument or the environment, or "auto"."""
+    source, name = ("impl", impl) if impl is not None else ("GPT4FAST_IMPL", os.environ.get("GPT4FAST_IMPL") or "auto")
+    if name != "auto" and name not in IMPLEMENTATIONS:
+        raise ValueError(f"{source} must be one of auto, {', '.join(IMPLEMENTATIONS)}, but is {name!r}")
+    return name
+
+
+def choose(op: Op, impl: str | None, call: dict) -> str:
+    """The name of the implementation that serves ``call``."""
+    name = requested(impl)
+    if name == "auto":
+        return next(name for name in op.preference(call) if op.refusal(name, call) is None)
+    refusal = op.refusal(name, call)
+    if refusal is not None:
+        raise RuntimeError(f"{op.name} can't run on the requested implementation {name!r}: {refusal}")
+    return name
+
+
+def explain(op: Op, impl: str | None, call: dict) -> Explanation:
+    """Choose as for a real call, and tell why not the others."""
+    chosen = choose(op, impl, call)
+    unused = f"{chosen} was asked for"
+    if requested(impl) == "auto":
+        unused = f"{chosen} comes first for such a call: as fast or faster where measured"
+    others = [name for name in IMPLEMENTATIONS if name != chosen]
+    return Explanation(op.name, chosen, {name: op.refusal(name, call) or unused for name in others})
+
+
+# Why an implementation can't serve a call
+
+
+def _never(call: dict) -> None:
+    return None
+
+
+def _native_refusal(tensor: Tensor) -> str | None:
+    error = native.cpu_library_error()
+    if error is not None:
+        return error
+    if tensor.device.type != "cpu":
+        return f"the native kernels are for CPU tensors, and this one is on {tensor.device}"
+    if tensor.dtype == torch.float64:
+        return "the native kernels take float32, bfloat16 and float16; float64 runs on the reference"
+    return None
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _native_attention(call: dict) -> str | None:
+    if call["dropout_p"]:
+        return "the native kernel has no dropout"
+    mask, slopes = call["attn_mask"], call["alibi_slopes"]
+    if mask is not None and mask.dtype == torch.float64:
+        return "the native kernel takes no float64 mask"
+    if slopes is not None and needs_grad(slopes):
+        return "the native kernel gives alibi_slopes no gradient"
+    return _native_refusal(call["query"])
+
+
+def _torch_attention(call: dict) -> str | None:
+    if call["return_lse"]:
+        return "torch's attention does not return the log-sum-exp"
+    if call["softcap"]:
+        return "torch's attention has no softcap"
+    return None
+
+
+def _native_conv_transpose(call: dict) -> str | None:
+    return _native_refusal(call["input"])
+
+
+def _cuda_conv_transpose(call: dict) -> str | None:
+    error = native.cuda_library_error()
+    if error is not None:
+        return error
+    if call["input"].device.type != "cuda":
+        return f"the CUDA kernels are for CUDA tensors, and this one is on {call['input'].device}"
+    if call["input"].dtype == torch.float64:
+        return "the CUDA kernels take float32, bfloat16 and float16"
+    return None
+
+
+# What "auto" prefers
+
+
+def _prefer_attention(call: dict) -> tuple[str, ...]:
+    return "torch", "reference"
+
+
+def _prefer_conv_transpose(call: dict) -> tuple[str, ...]:
+    return ("torch",)
+
+
+ATTENTION = Op(
+    "attention",
+    {
+        "native": Candidate(compiled_attention.attention, _native_attention),
+        "reference": Candidate(reference_attention.attention, _never),
+        "torch": Candidate(aten_attention.attention, _torch_attention),
+    },
+    _prefer_attention,
+)
+CONV_TRANSPOSE = Op(
+    "conv_transpose",
+    {
+        "native": Candidate(compiled_conv_transpose.conv_transpose, _native_conv_transpose),
+        "cuda": Candidate(compiled_conv_transpose.conv_transpose_then_affine, _cuda_conv_transpose),
+        "reference": Candidate(reference_conv_transpose.conv_transpose, _never),
+        "torch": Candidate(aten_conv_transpose.conv_transpose, _never),
+    },
+    _prefer_conv_transpose,
+)
+
+
+def run(op: Op, impl: str | None, call: dict):
+    """Choose an implementation and compute ``call`` with it."""
+    return op.candidates[choose(op, impl, call)].run(**call)

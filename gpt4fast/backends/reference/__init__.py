@@ -1,0 +1,1 @@
+"""Readable pure PyTorch: works everywhere, in every dtype, with every derivative."""

@@ -1,0 +1,57 @@
+"""``explain``: which implementation runs, and why not another."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+
+from torch import nn
+
+from .backends import dispatch
+from .ops import attention as attention_op
+from .ops import conv_transpose as conv_transpose_op
+
+
+def explain(op_or_model: Callable | str | nn.Module, *args, **kwargs):
+    """Tell which implementation a call takes and why not the others, without computing it; or what became of a model.
+
+    Args:
+        op_or_model: an op (``gpt4fast.attention``, ``gpt4fast.conv_transpose2d``, …) or its name, followed by the
+            arguments of the call; or a module, for a table of its parts.
+
+    Returns:
+        An ``Explanation`` (op, implementation, reasons: one for each implementation not taken), which prints readably;
+        for a module, the table of ``gpt4fast.integrations.optimize.explain_model``.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as the op itself would for these arguments.
+    """
+    if isinstance(op_or_model, nn.Module):
+        from .integrations.optimize import explain_model
+
+        return explain_model(op_or_model, *args, **kwargs)
+    name = op_or_model if isinstance(op_or_model, str) else getattr(op_or_model, "__name__", repr(op_or_model))
+    if name not in _PREPARE:
+        raise ValueError(f"op_or_model must be a module or one of {', '.join(_PREPARE)}, but is {name!r}")
+    return _PREPARE[name](*args, **kwargs)
+
+
+def _explain_attention(*args, **kwargs) -> dispatch.Explanation:
+    bound = inspect.signature(attention_op.attention).bind(*args, **kwargs)
+    bound.apply_defaults()
+    impl = bound.arguments.pop("impl")
+    call, _ = attention_op.prepare(**bound.arguments)
+    return dispatch.explain(dispatch.ATTENTION, impl, call)
+
+
+def _explain_conv_transpose(dims: int) -> Callable:
+    def explain_call(*args, **kwargs) -> dispatch.Explanation:
+        bound = inspect.signature(getattr(conv_transpose_op, f"conv_transpose{dims}d")).bind(*args, **kwargs)
+        bound.apply_defaults()
+        impl = bound.arguments.pop("impl")
+        return dispatch.explain(dispatch.CONV_TRANSPOSE, impl, conv_transpose_op.prepare(dims, **bound.arguments))
+
+    return explain_call
+
+
+_PREPARE = {"attention": _explain_attention, **{f"conv_transpose{n}d": _explain_conv_transpose(n) for n in (1, 2, 3)}}
