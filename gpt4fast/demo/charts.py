@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import re
 
+from gpt4fast.generation.plots import smooth
+
 # matplotlib needs fixed colours; these stand for what the page's style sheet decides
 _INK, _MUTED, _RULE = "#010101", "#020202", "#030303"
 _SERIES = ("#0a0a01", "#0a0a02", "#0a0a03", "#0a0a04")
@@ -14,16 +16,6 @@ _VARIABLES = {
     _RULE: "var(--rule)",
     **{colour: f"var(--series-{i + 1})" for i, colour in enumerate(_SERIES)},
 }
-
-
-def smooth(values: list[float], weight: float) -> list[float]:
-    """Exponential moving average with bias correction; weight in [0, 1) is the share of the past."""
-    smoothed, average, norm = [], 0.0, 0.0
-    for value in values:
-        average = weight * average + (1 - weight) * value
-        norm = weight * norm + (1 - weight)
-        smoothed.append(average / norm)
-    return smoothed
 
 
 def line_chart(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 import io
-import wave
 from pathlib import Path
 
 import torch
+
+from gpt4fast.data import read_audio
+from gpt4fast.generation.audio import spectrogram
 
 _MIME = {".png": "image/png", ".gif": "image/gif", ".wav": "audio/wav", ".jpg": "image/jpeg"}
 
@@ -15,16 +17,6 @@ _MIME = {".png": "image/png", ".gif": "image/gif", ".wav": "audio/wav", ".jpg": 
 def data_uri(path: Path) -> str:
     """The file as a `data:` address, so that the page needs nothing beside itself."""
     return f"data:{_MIME[path.suffix.lower()]};base64,{base64.b64encode(path.read_bytes()).decode()}"
-
-
-def read_wave(path: Path) -> tuple[torch.Tensor, int]:
-    """(samples,) float32 in [-1, 1] of a 16-bit mono WAV file, and its rate in Hz."""
-    with wave.open(str(path)) as file:
-        if file.getsampwidth() != 2 or file.getnchannels() != 1:
-            raise ValueError(f"path: {path} is not a 16-bit mono WAV file")
-        frames = file.readframes(file.getnframes())
-        rate = file.getframerate()
-    return torch.frombuffer(bytearray(frames), dtype=torch.int16).float() / 32768, rate
 
 
 def waveform_path(samples: torch.Tensor, columns: int = 96) -> str:
@@ -45,12 +37,9 @@ def spectrogram_png(samples: torch.Tensor) -> bytes:
     from matplotlib import colormaps
     from PIL import Image
 
-    n_fft = 256
-    padded = torch.nn.functional.pad(samples, (0, max(0, n_fft - samples.numel())))
-    hop = max(32, padded.numel() // 192)
-    spectrum = torch.stft(padded, n_fft, hop, window=torch.hann_window(n_fft), return_complex=True).abs()
-    decibels = 20 * torch.log10(spectrum / spectrum.max().clamp(min=1e-9) + 1e-9)
-    picture = ((decibels + 80) / 80).clamp(0, 1).flip(0)
+    hop = max(32, samples.numel() // 192)
+    padded = torch.nn.functional.pad(samples, (0, max(0, 512 - samples.numel())))
+    picture = (spectrogram(padded, window=512, hop=hop) / 80 + 1).flip(0)
     colours = (colormaps["magma"](picture.numpy())[..., :3] * 255).astype("uint8")
     buffer = io.BytesIO()
     Image.fromarray(colours).resize((192, 96)).save(buffer, "PNG", optimize=True)
@@ -59,7 +48,7 @@ def spectrogram_png(samples: torch.Tensor) -> bytes:
 
 def clip(path: Path, label: str) -> dict[str, str | float]:
     """What one audio card needs: label, seconds, the sound, its outline and its spectrogram."""
-    samples, rate = read_wave(path)
+    samples, rate = read_audio(path)
     return {
         "label": label,
         "seconds": samples.numel() / rate,

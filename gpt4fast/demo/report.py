@@ -19,8 +19,8 @@ SECTIONS = {
     "networks": (
         "Networks",
         "A generator and a discriminator for each medium",
-        "The generator turns a random vector into a picture or a sound through transposed convolutions; the discriminator "
-        "tells real from generated. Before training the generator knows nothing, as its first output shows.",
+        "The generator turns a random vector into a picture or a sound through transposed convolutions; the "
+        "discriminator tells real from generated. Before training the generator knows nothing, as its output shows.",
     ),
     "adversarial": (
         "Adversarial training",
@@ -31,26 +31,26 @@ SECTIONS = {
     "encoder": (
         "Encoder",
         "An encoder learns to read",
-        "A BERT-style Transformer encoder is pre-trained on Shakespeare with three objectives: guess masked tokens, guess the "
-        "next token, and fill in missing spans.",
+        "A BERT-style Transformer encoder is pre-trained on Shakespeare with three objectives: guess masked tokens, "
+        "guess the next token, and fill in missing spans.",
     ),
     "decoder": (
         "Decoder",
         "A decoder is added, and the two are fine-tuned",
-        "The pre-trained encoder keeps its weights; a decoder with cross attention learns to write what follows, first from "
-        "the plays themselves, then also against a discriminator that compares its continuations with real ones.",
+        "The pre-trained encoder keeps its weights; a decoder with cross attention learns to write what follows, first "
+        "from the plays themselves, then also against a discriminator that compares its continuations with real ones.",
     ),
     "generation": (
         "Generation",
         "What the trained models make",
-        "Everything below was generated at the end of this run. Nothing was picked by hand: these are the first samples of "
-        "a fixed seed.",
+        "Everything below was generated at the end of this run. Nothing was picked by hand: these are the first "
+        "samples of a fixed seed.",
     ),
 }
 
 
 def write_report(folder: Path, content: dict) -> Path:
-    """Writes `report.html` under `folder` from the content of `state.json` (all six steps finished); returns its path."""
+    """Writes `report.html` under `folder` from what `state.json` holds once all six steps are finished."""
     from jinja2 import Environment, StrictUndefined
 
     template = Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8")
@@ -175,7 +175,9 @@ def _context(folder: Path, content: dict) -> dict:
                 "charts": _charts(results["adversarial"]["audio"]["curves"]),
             },
         },
-        "text": {name: {**results[name], "charts": _charts(results[name]["curves"])} for name in ("encoder", "decoder")},
+        "text": {
+            name: {**results[name], "charts": _charts(results[name]["curves"])} for name in ("encoder", "decoder")
+        },
         "generation": {
             **generation,
             "grid": _figure(folder, generation["grid"]),
@@ -185,10 +187,10 @@ def _context(folder: Path, content: dict) -> dict:
         "speed": {
             "rows": [_speed_row(row) for row in rows],
             "took": f"{wins} faster, {losses} slower, {len(rows) - wins - losses} even",
-            "intro": "The same weights and the same inputs, run by plain PyTorch and by gpt4fast. The results are compared "
-            "before anything is timed. The two take turns, and each figure is a median; more is better.",
-            "note": "The bar starts at 1×, no difference, and ends at a factor of 4 to either side. In brackets: the ratio at "
-            "the 20th and 80th percentile of turns; a row whose range includes 1× counts as even. Losses are "
+            "intro": "The same weights and the same inputs, run by plain PyTorch and by gpt4fast. The results are "
+            "compared before anything is timed. The two take turns, and each figure is a median; more is better.",
+            "note": "The bar starts at 1×, no difference, and ends at a factor of 4 to either side. In brackets: the "
+            "ratio at the 20th and 80th percentile of turns; a row whose range includes 1× counts as even. Losses are "
             f"shown as they are. GPU: {environment['gpu']}.",
         },
     }

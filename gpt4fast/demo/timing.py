@@ -6,22 +6,23 @@ import time
 from collections.abc import Callable
 from statistics import median, quantiles
 
-import torch
 from torch import Tensor
 
 
 def check_close(name: str, plain: Tensor, fast: Tensor, tolerance: float = 2e-3) -> None:
-    """Raises RuntimeError if the two candidates differ by more than `tolerance` of the largest value: nothing wrong is timed."""
+    """Raises RuntimeError if the candidates differ by more than `tolerance` of the largest value."""
     difference = (plain - fast).abs().max().item()
     if not difference <= tolerance * max(1.0, plain.abs().max().item()):
         raise RuntimeError(f"{name}: plain and gpt4fast differ by {difference:.3g}, so their times can't be compared")
 
 
-def paired(plain: Callable[[], object], fast: Callable[[], object], *, work: float, seconds: float, turns: int = 40) -> dict:
+def paired(
+    plain: Callable[[], object], fast: Callable[[], object], *, work: float, seconds: float, turns: int = 40
+) -> dict:
     """Times `plain` and `fast` in turns A B A B … for about `seconds`, at least 5 and at most `turns` pairs.
 
-    `work` is what one call does (images, tokens). Returns rates in work per second and ratios, above 1 where gpt4fast is
-    faster: {"plain", "fast", "ratio", "low", "high", "turns"}; low and high are the 20th and 80th percentiles over pairs.
+    `work` is what one call does (images, tokens). Returns rates in work per second and ratios, above 1 where gpt4fast
+    is faster: {"plain", "fast", "ratio", "low", "high", "turns"}; low and high are its 20th and 80th percentiles.
     """
     for candidate in (plain, fast, plain, fast):  # the first calls allocate and warm caches
         candidate()

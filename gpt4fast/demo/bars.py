@@ -1,0 +1,36 @@
+"""Progress bars for training: one line per phase, with the latest metrics beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+Callback = Callable[[int, int, Mapping[str, float]], None]
+
+
+@contextmanager
+def bars(console: Console) -> Iterator[Callable[[str], Callback]]:
+    """Yields `track`: track("digits") opens a bar and returns its callback(step, steps, metrics)."""
+    columns = (
+        SpinnerColumn(finished_text="[green]✓"),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("[dim]{task.fields[metrics]}"),
+    )
+    with Progress(*columns, console=console, refresh_per_second=5) as progress:
+
+        def track(description: str) -> Callback:
+            task = progress.add_task(description, total=None, metrics="")
+
+            def callback(step: int, steps: int, metrics: Mapping[str, float]) -> None:
+                text = "  ".join(f"{name} {value:.3g}" for name, value in list(metrics.items())[:4])
+                progress.update(task, completed=step, total=steps, metrics=text)
+
+            return callback
+
+        yield track
