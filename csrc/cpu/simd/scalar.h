@@ -41,14 +41,14 @@ inline Vector load(const torch::headeronly::BFloat16* source) {
 inline Vector load(const torch::headeronly::Half* source) {
   ShortVector bits;
   std::memcpy(&bits, source, sizeof(bits));
-  const UintVector half = __builtin_convertvector(bits, UintVector);
-  const UintVector sign = (half & 0x8000u) << 16;
-  const UintVector magnitude = (half & 0x7fffu) << 13;
-  // Moves the exponent from bias 15 to bias 127; infinity and NaN need the same step once more, subnormal numbers are
+  const IntVector half = (IntVector)__builtin_convertvector(bits, UintVector);
+  const IntVector sign = (half & 0x8000) << 16;
+  const IntVector magnitude = (half & 0x7fff) << 13;
+  // Moves the exponent from bias 15 to bias 127. Infinity and NaN need the same step once more; subnormal numbers are
   // made normal by adding and taking away the smallest normal number.
-  const UintVector normal = magnitude + (112u << 23) + ((UintVector)(half << 17 >= 0xf8000000u) & (112u << 23));
-  const Vector subnormal = (Vector)(magnitude + (113u << 23)) - (Vector)(UintVector{} + (113u << 23));
-  return (Vector)((UintVector)select((IntVector)(magnitude < (1u << 23)), subnormal, (Vector)normal) | sign);
+  const IntVector normal = magnitude + (112 << 23) + ((magnitude >= 0x0f800000) & (112 << 23));
+  const Vector subnormal = (Vector)(magnitude + (113 << 23)) - (Vector)(IntVector{} + (113 << 23));
+  return (Vector)((IntVector)select(magnitude < (1 << 23), subnormal, (Vector)normal) | sign);
 }
 
 inline void store(float* target, Vector value) { std::memcpy(target, &value, sizeof(value)); }
@@ -67,12 +67,10 @@ inline float largest(Vector value) {
 
 // The sums of the lanes of four vectors.
 inline Vector sums(const Vector (&rows)[4]) {
-  const Vector pairs01 = __builtin_shuffle(rows[0], rows[1], IntVector{0, 4, 1, 5}) +
-                         __builtin_shuffle(rows[0], rows[1], IntVector{2, 6, 3, 7});
-  const Vector pairs23 = __builtin_shuffle(rows[2], rows[3], IntVector{0, 4, 1, 5}) +
-                         __builtin_shuffle(rows[2], rows[3], IntVector{2, 6, 3, 7});
-  return __builtin_shuffle(pairs01, pairs23, IntVector{0, 1, 4, 5}) +
-         __builtin_shuffle(pairs01, pairs23, IntVector{2, 3, 6, 7});
+  const auto &a = rows[0], &b = rows[1], &c = rows[2], &d = rows[3];
+  const Vector ab = Vector{a[0], b[0], a[1], b[1]} + Vector{a[2], b[2], a[3], b[3]};
+  const Vector cd = Vector{c[0], d[0], c[1], d[1]} + Vector{c[2], d[2], c[3], d[3]};
+  return Vector{ab[0], ab[1], cd[0], cd[1]} + Vector{ab[2], ab[3], cd[2], cd[3]};
 }
 
 // e^x within 2 units in the last place for x in [-87.3, 88]; 0 below, NaN for NaN. Coefficients: Cephes' expf.
