@@ -1,7 +1,6 @@
 #include "affine_activation.h"
 
 #include <algorithm>
-#include <vector>
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -14,44 +13,32 @@ using torch::stable::Tensor;
 // Below this many elements a second thread costs more than it saves.
 constexpr int64_t kGrain = 16384;
 
-// The parameters of all channels, widened to float32 once so that the loops over elements are plain float loops.
-struct Channels {
-  std::vector<float> bias, scale, shift;
-
-  explicit Channels(const AffineActivationParams& params)
-      : bias(params.channels), scale(params.channels), shift(params.channels) {
-    for (int64_t channel = 0; channel < params.channels; ++channel) {
-      bias[channel] = params.bias.at(channel, 0.0f);
-      scale[channel] = params.scale.at(channel, 1.0f);
-      shift[channel] = params.shift.at(channel, 0.0f);
-    }
-  }
-};
-
 template <typename scalar_t, Activation kActivation>
-void transform(const AffineActivationParams& params, const Channels& channels, int64_t begin, int64_t end) {
+void transform(const AffineActivationParams& params, int64_t begin, int64_t end) {
   const auto* input = static_cast<const scalar_t*>(params.input);
   auto* output = static_cast<scalar_t*>(params.output);
-  const float slope = params.negative_slope;
-  const auto apply = [&](int64_t index, int64_t channel) {
-    const float affine =
-        channels.scale[channel] * (static_cast<float>(input[index]) + channels.bias[channel]) + channels.shift[channel];
-    output[index] = static_cast<scalar_t>(activate<kActivation>(affine, slope));
+  const auto apply = [&](int64_t index, float bias, float scale, float shift) {
+    const float affine = scale * (static_cast<float>(input[index]) + bias) + shift;
+    output[index] = static_cast<scalar_t>(activate<kActivation>(affine, params.negative_slope));
   };
+  const auto bias = [&](int64_t channel) { return params.bias ? params.bias[channel] : 0.0f; };
+  const auto scale = [&](int64_t channel) { return params.scale ? params.scale[channel] : 1.0f; };
+  const auto shift = [&](int64_t channel) { return params.shift ? params.shift[channel] : 0.0f; };
   // Both loops run over stretches that need no division: one channel's plane, or all channels of one position.
   for (int64_t index = begin; index < end;) {
     if (params.inner > 1) {
       const int64_t plane = index / params.inner;
       const int64_t stop = std::min(end, (plane + 1) * params.inner);
       const int64_t channel = plane % params.channels;
+      const float plane_bias = bias(channel), plane_scale = scale(channel), plane_shift = shift(channel);
       for (; index < stop; ++index) {
-        apply(index, channel);
+        apply(index, plane_bias, plane_scale, plane_shift);
       }
     } else {
       const int64_t first = index - index % params.channels;
       const int64_t stop = std::min(end, first + params.channels);
       for (; index < stop; ++index) {
-        apply(index, index - first);
+        apply(index, bias(index - first), scale(index - first), shift(index - first));
       }
     }
   }
@@ -60,20 +47,12 @@ void transform(const AffineActivationParams& params, const Channels& channels, i
 Tensor affine_activation(const Tensor& input, const std::optional<Tensor>& bias, const std::optional<Tensor>& scale,
                          const std::optional<Tensor>& shift, const std::string& activation, double negative_slope) {
   CHECK_CPU(input);
-  const Activation kind = parse_activation(activation);
-  AffineActivationParams params = affine_activation_params(input, bias, scale, shift, negative_slope);
-  return DTYPE_SWITCH(input.scalar_type(), "input", scalar_t, [&] {
-    Tensor output = torch::stable::empty_like(input);
-    params.input = input.const_data_ptr();
-    params.output = output.mutable_data_ptr();
-    const Channels channels(params);
-    ACTIVATION_SWITCH(kind, kActivation, [&] {
-      torch::stable::parallel_for(0, params.numel, kGrain, [&](int64_t begin, int64_t end) {
-        transform<scalar_t, kActivation>(params, channels, begin, end);
-      });
+  const auto launch = []<typename scalar_t, Activation kActivation>(const AffineActivationParams& params) {
+    torch::stable::parallel_for(0, params.numel, kGrain, [&](int64_t begin, int64_t end) {
+      transform<scalar_t, kActivation>(params, begin, end);
     });
-    return output;
-  });
+  };
+  return run_affine_activation(input, bias, scale, shift, activation, negative_slope, launch);
 }
 
 }  // namespace
