@@ -1,0 +1,42 @@
+"""``fast_ops()``: torch's own calls run on gpt4fast's kernels."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+from ..nn import attention, functional
+
+
+class fast_ops(TorchFunctionMode):
+    """Within ``with fast_ops():`` code that calls torch's attention or transposed convolution runs on gpt4fast.
+
+    Rerouted are ``torch.nn.functional.scaled_dot_product_attention``, ``conv_transpose1d``, ``conv_transpose2d`` and
+    ``conv_transpose3d`` (also as ``torch.conv_transpose2d`` and from modules), and the attention inside
+    ``multi_head_attention_forward`` (``torch.nn.MultiheadAttention``) where weights are not asked for. Values, memory
+    layout, dtype, errors and derivatives are torch's; what gpt4fast does not serve runs on torch
+    (see ``gpt4fast.nn.functional``).
+
+    The context belongs to the thread that entered it, like every torch mode; a function that recomputes in backward
+    (``torch.utils.checkpoint``) needs the backward pass inside it too, or ``gpt4fast.optimize``. Nesting is allowed.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        fast = _FAST.get(func)
+        if fast is None:
+            return func(*args, **kwargs) if kwargs else func(*args)
+        kwargs = kwargs or {}
+        try:
+            return fast(*args, **kwargs)
+        except TypeError:
+            pass  # not torch's signature: torch says what is wrong
+        return func(*args, **kwargs)
+
+
+_FAST = {
+    F.scaled_dot_product_attention: functional.scaled_dot_product_attention,
+    F.conv_transpose1d: functional.conv_transpose1d,
+    F.conv_transpose2d: functional.conv_transpose2d,
+    F.conv_transpose3d: functional.conv_transpose3d,
+    F.multi_head_attention_forward: attention.multi_head_attention_forward,
+}

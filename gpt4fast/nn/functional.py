@@ -1,0 +1,153 @@
+"""torch.nn.functional's signatures and semantics on gpt4fast's kernels; what these do not serve goes to torch itself.
+
+``gpt4fast.nn`` and ``fast_ops()`` both stand on this file. Where torch would raise, torch is called and raises its own
+error. Torch is also called under vmap, jvp and forward-mode differentiation, while tracing or exporting (a model
+exports as standard ops), for tensor subclasses, nested and sparse tensors, devices other than the CPU and CUDA,
+complex and integer dtypes, and where ``torch.nn.attention.sdpa_kernel`` asks for one of torch's own kernels.
+
+One difference is meant: a key or value that every query of its head ignores is never read, so a NaN there does not
+reach the output (torch multiplies it by zero and gives NaN).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from .. import ops
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+_MATH = 0  # what torch._fused_sdp_choice returns for the unfused formula
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """``torch.nn.functional.scaled_dot_product_attention`` on ``gpt4fast.attention``.
+
+    query (..., Hq, L, D), key (..., H, S, D), value (..., H, S, Dv), attn_mask broadcastable to (..., Hq, L, S), of 2
+    dimensions or more; gives (..., Hq, L, Dv) in torch's memory layout. See the module for what runs on torch.
+    """
+    if _ordinary() and _torch_takes(query, key, value, attn_mask, is_causal, enable_gqa):
+        dims = max(query.dim(), key.dim(), value.dim())
+        try:
+            out = ops.attention(
+                *(_with_dims(t, dims) for t in (query, key, value)), attn_mask, dropout_p, is_causal, scale
+            )
+        except (TypeError, ValueError):
+            pass  # torch takes it, or has its own words for what is wrong
+        else:
+            return _in_torch_layout(out, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )
+
+
+def conv_transpose1d(input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1) -> Tensor:
+    """``torch.nn.functional.conv_transpose1d`` on ``gpt4fast.conv_transpose1d``: input (N, C, L) or (C, L)."""
+    return _conv_transpose(1, input, weight, bias, stride, padding, output_padding, groups, dilation)
+
+
+def conv_transpose2d(input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1) -> Tensor:
+    """``torch.nn.functional.conv_transpose2d`` on ``gpt4fast.conv_transpose2d``: input (N, C, H, W) or (C, H, W)."""
+    return _conv_transpose(2, input, weight, bias, stride, padding, output_padding, groups, dilation)
+
+
+def conv_transpose3d(input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1) -> Tensor:
+    """``torch.nn.functional.conv_transpose3d`` on ``gpt4fast.conv_transpose3d``: (N, C, D, H, W) or (C, D, H, W)."""
+    return _conv_transpose(3, input, weight, bias, stride, padding, output_padding, groups, dilation)
+
+
+def _conv_transpose(spatial_dims: int, *args) -> Tensor:
+    ours, torchs = _CONV_TRANSPOSE[spatial_dims]
+    if _ordinary() and all(t is None or _plain(t) for t in args[:3]):
+        try:
+            return ours(*args)
+        except (TypeError, ValueError):
+            pass
+    return torchs(*args)
+
+
+_CONV_TRANSPOSE = {
+    1: (ops.conv_transpose1d, F.conv_transpose1d),
+    2: (ops.conv_transpose2d, F.conv_transpose2d),
+    3: (ops.conv_transpose3d, F.conv_transpose3d),
+}
+
+
+def _ordinary() -> bool:
+    """Outside of the transforms and tracers that our custom ops have no rules for."""
+    if torch.compiler.is_compiling():
+        return not torch.compiler.is_exporting()
+    return (
+        torch._C._functorch.maybe_current_level() is None
+        and forward_ad._current_level < 0
+        and torch._C._get_tracing_state() is None
+    )
+
+
+def _plain(t: object) -> bool:
+    return type(t) in _PLAIN and t.device.type in ("cpu", "cuda") and not t.is_nested
+
+
+def _torch_takes(query, key, value, attn_mask, is_causal, enable_gqa) -> bool:
+    """False where torch raises but ``gpt4fast.attention`` would not, or gives the arguments another meaning."""
+    if not (_plain(query) and _plain(key) and _plain(value)):
+        return False
+    if attn_mask is not None and not (
+        _plain(attn_mask)
+        and attn_mask.dim() >= 2
+        and attn_mask.dtype in (torch.bool, torch.float32, query.dtype)
+        and not is_causal
+    ):
+        return False
+    if enable_gqa:
+        # Torch repeats heads, which needs a dimension of heads and no broadcasting over it.
+        if min(query.dim(), key.dim(), value.dim()) < 3:
+            return False
+    elif query.dim() > 2 and key.dim() > 2 and key.shape[-3] not in (1, query.shape[-3]):
+        return False
+    return _no_kernel_named(query.device.type)
+
+
+def _no_kernel_named(device_type: str) -> bool:
+    """True unless ``torch.nn.attention.sdpa_kernel`` rules one of torch's kernels out: who names a kernel gets it."""
+    cuda = torch.backends.cuda
+    if not (cuda.flash_sdp_enabled() and cuda.math_sdp_enabled()):
+        return False
+    return device_type == "cpu" or (cuda.mem_efficient_sdp_enabled() and cuda.cudnn_sdp_enabled())
+
+
+def _with_dims(t: Tensor, dims: int) -> Tensor:
+    """``t`` with leading dimensions of size 1, ``dims`` in all."""
+    return t if t.dim() == dims else t[(None,) * (dims - t.dim())]
+
+
+def _in_torch_layout(out, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa) -> Tensor:
+    """``out`` with the strides of torch's result, so that a ``view`` that works on torch's works on ours.
+
+    Torch's fused kernels keep the order in which query's dimensions lie in memory; its formula is contiguous.
+    """
+    if query.dim() != 4 or query.is_contiguous() or out.shape != query.shape:
+        return out.contiguous()
+    if torch.compiler.is_compiling():  # Dynamo can't trace torch's own choice
+        fused = not dropout_p and query.stride(-1) == 1 and (attn_mask is None or not attn_mask.requires_grad)
+    else:
+        choice = torch._fused_sdp_choice(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+        fused = choice != _MATH
+    if not fused:
+        return out.contiguous()
+    like = torch.empty_like(query)
+    return out if out.stride() == like.stride() else like.copy_(out)
