@@ -7,9 +7,10 @@ from collections.abc import Callable
 
 from torch import nn
 
+from . import ops
 from .backends import dispatch
-from .ops import attention as attention_op
-from .ops import conv_transpose as conv_transpose_op
+from .ops.attention import prepare as prepare_attention
+from .ops.conv_transpose import prepare as prepare_conv_transpose
 
 
 def explain(op_or_model: Callable | str | nn.Module, *args, **kwargs):
@@ -37,19 +38,19 @@ def explain(op_or_model: Callable | str | nn.Module, *args, **kwargs):
 
 
 def _explain_attention(*args, **kwargs) -> dispatch.Explanation:
-    bound = inspect.signature(attention_op.attention).bind(*args, **kwargs)
+    bound = inspect.signature(ops.attention).bind(*args, **kwargs)
     bound.apply_defaults()
     impl = bound.arguments.pop("impl")
-    call, _ = attention_op.prepare(**bound.arguments)
+    call, _ = prepare_attention(**bound.arguments)
     return dispatch.explain(dispatch.ATTENTION, impl, call)
 
 
 def _explain_conv_transpose(dims: int) -> Callable:
     def explain_call(*args, **kwargs) -> dispatch.Explanation:
-        bound = inspect.signature(getattr(conv_transpose_op, f"conv_transpose{dims}d")).bind(*args, **kwargs)
+        bound = inspect.signature(getattr(ops, f"conv_transpose{dims}d")).bind(*args, **kwargs)
         bound.apply_defaults()
         impl = bound.arguments.pop("impl")
-        return dispatch.explain(dispatch.CONV_TRANSPOSE, impl, conv_transpose_op.prepare(dims, **bound.arguments))
+        return dispatch.explain(dispatch.CONV_TRANSPOSE, impl, prepare_conv_transpose(dims, **bound.arguments))
 
     return explain_call
 
