@@ -83,7 +83,7 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
-def _rate(value: float) -> str:
+def rate(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
@@ -93,8 +93,8 @@ def _speed_row(row: dict) -> dict:
     word = {"win": "faster", "loss": "slower", "even": "about even"}[verdict(row)]
     return {
         **row,
-        "plain": _rate(row["plain"]),
-        "fast": _rate(row["fast"]),
+        "plain": rate(row["plain"]),
+        "fast": rate(row["fast"]),
         "ratio": f"{row['ratio']:.2f}× {word}" if word != "slower" else f"{row['ratio']:.2f}×, slower",
         "spread": f"({row['low']:.2f} to {row['high']:.2f}, {row['turns']} turns)",
         "verdict": verdict(row),
