@@ -23,7 +23,7 @@ py::dict build_info() {
   info["cpu_level_detected"] = gpt4fast::name_of(gpt4fast::detected_cpu_level());
   info["cpu_levels_compiled"] = levels;
   info["cpu_level"] = gpt4fast::name_of(gpt4fast::cpu_level());
-  info["cuda_compiler"] = GPT4FAST_CUDA_COMPILER;
+  info["nvcc"] = GPT4FAST_CUDA_COMPILER;
   info["cuda_architectures"] = GPT4FAST_CUDA_ARCHITECTURES;
   return info;
 }
