@@ -15,6 +15,7 @@ HELP = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(
     help="Fast GANs and Transformers for PyTorch, and a complete generative system built on them.",
     no_args_is_help=True,
+    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings=HELP,
 )
@@ -195,6 +196,49 @@ def train_audio(
         console.print(f"Listen:  gpt4fast generate audio {output} --count 8", highlight=False)
 
 
+@train.command("text")
+def train_text(
+    output: Output,
+    data: Data = None,
+    steps: Annotated[int, typer.Option(help="Steps of pre-training, and as many of fine-tuning.", min=1)] = 1000,
+    vocabulary: Annotated[int, typer.Option(help="Tokens that the tokenizer learns.", min=262)] = 1024,
+    dim: Annotated[int, typer.Option(help="Width of the model.", min=8)] = 128,
+    layers: Annotated[int, typer.Option(help="Blocks in the encoder, and in the decoder.", min=1)] = 3,
+    heads: Annotated[int, typer.Option(help="Attention heads.", min=1)] = 4,
+    seed: Seed = 0,
+) -> None:
+    """An encoder, then a decoder on top of it, on a text file or a folder of .txt files (or ten plays of Shakespeare)."""
+    with _friendly(_go_on(output)):
+        import torch
+
+        from gpt4fast.data import load_shakespeare, text_file
+        from gpt4fast.data.tokenizer import Tokenizer
+        from gpt4fast.demo.bars import bars
+        from gpt4fast.models import Encoder, EncoderConfig, EncoderDecoder, EncoderDecoderConfig
+        from gpt4fast.training.finetune import finetune_decoder, warm_start_decoder
+        from gpt4fast.training.pretrain import pretrain_encoder
+
+        real, held_out = (load_shakespeare(s) if data is None else text_file(data, s) for s in ("train", "validation"))
+        tokenizer = Tokenizer.train(real, vocabulary)
+        tokenizer.save(output / "tokenizer.json")
+        ids, validation = tokenizer.encode(real), tokenizer.encode(held_out)
+        settings = {"validation_ids": validation if len(validation) >= 130 else None, "seed": seed, "steps": steps}
+        torch.manual_seed(seed)
+        encoder = Encoder(
+            EncoderConfig(
+                vocab_size=tokenizer.vocab_size, max_length=256, num_layers=layers, num_heads=heads, embed_dim=dim
+            )
+        )
+        with bars(console) as track:
+            pretrain_encoder(encoder, ids, tokenizer, output, progress=track("encoder"), **settings)
+            encoder.save_pretrained(output / "encoder")
+            model = EncoderDecoder(EncoderDecoderConfig(encoder.config), encoder)
+            warm_start_decoder(model)
+            finetune_decoder(model, ids, tokenizer, output, progress=track("decoder"), **settings)
+        model.save_pretrained(output / "decoder")
+        console.print(f"Read:    gpt4fast generate text {output} --prompt '...'", highlight=False)
+
+
 # Generation
 
 GENERATORS = {"image": ("dcgan_generator",), "audio": ("wavegan_generator",), "text": ("encoder_decoder", "gpt")}
@@ -316,3 +360,8 @@ def generate_text(
                 on_text=lambda piece: print(piece, end="", flush=True),
             )  # fmt: skip
             print()
+
+
+def main() -> None:
+    """The console script."""
+    app(prog_name="gpt4fast")

@@ -176,3 +176,19 @@ def test_train_on_own_sounds_then_generate(run, tmp_path):
     assert result.exit_code == 0, result.output
     wave, rate = read_audio(tmp_path / "sounds" / "001.wav")
     assert (len(wave), rate) == (512, 8000)  # the rate that it was trained at, not the default
+
+
+def test_train_on_own_text_then_generate(run, tmp_path):
+    (tmp_path / "own.txt").write_text("the cat sat on the mat. the dog sat on the log. " * 200)
+    arguments = ("train", "text", "--data", tmp_path / "own.txt", "--output", tmp_path / "model", "--steps", 2,
+                 "--vocabulary", 300, "--dim", 16, "--layers", 1, "--heads", 2)  # fmt: skip
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "model" / "tokenizer.json").is_file()
+    write = ("generate", "text", tmp_path / "model", "--prompt", "the cat", "--max-new-tokens", 5)
+    texts = [run(*write, "--seed", seed).output for seed in (1, 1, 2)]
+    assert texts[0].startswith("the cat")
+    assert texts[0] == texts[1] != texts[2]
+    result = run(*write, "--temperature", "-1")
+    assert result.exit_code == 2
+    assert "temperature" in result.output

@@ -131,5 +131,7 @@ def _print_summary(console: Console, content: dict, path: Path) -> None:
     console.print(table)
     console.print()
     for tile in content["tiles"][:3]:
-        console.print(f"{tile['label']}: [bold]{tile['value']}{tile['unit']}[/bold]  [dim]{tile['note']}", highlight=False)
+        console.print(
+            f"{tile['label']}: [bold]{tile['value']}{tile['unit']}[/bold]  [dim]{tile['note']}", highlight=False
+        )
     console.print(f"\nReport: [bold]{path}[/bold]", highlight=False)

@@ -107,7 +107,9 @@ def attention_model(what: str, detail: str, run: Callable[[], Tensor], tokens: i
     return {"what": what, "detail": detail, "unit": "tokens/s", "implementation": what_runs(run), **times}
 
 
-def decoding(what: str, detail: str, model: nn.Module, source: Tensor, bos_id: int, tokens: int, seconds: float) -> dict:
+def decoding(
+    what: str, detail: str, model: nn.Module, source: Tensor, bos_id: int, tokens: int, seconds: float
+) -> dict:
     """The row of greedy text generation: every token from scratch in plain torch, against the key-value cache."""
 
     @torch.inference_mode()

@@ -73,7 +73,9 @@ def test_paired_takes_turns_and_finds_the_ratio():
     assert calls[4:8] == ["plain", "fast", "fast", "plain"]
     assert 2.5 < times["ratio"] < 5
     assert times["low"] <= times["high"]
-    assert 200 < times["plain"] < 500 < times["fast"] < 2000  # work per second: 10 / 0.02 and 10 / 0.005, less the overhead
+    assert (
+        200 < times["plain"] < 500 < times["fast"] < 2000
+    )  # work per second: 10 / 0.02 and 10 / 0.005, less the overhead
 
 
 def test_wrong_results_are_never_timed():

@@ -107,7 +107,15 @@ def test_report_has_every_section_and_needs_nothing_else(tmp_path, content):
     text = " ".join(page.text)
     for title in (section[1] for section in report.SECTIONS.values()):
         assert title in text
-    for words in ("3 min 15 s", "1,234,567", "not yet run on a GPU", "torch 2.13", "A & B <script>", "or not <b>", "kick <1>"):
+    for words in (
+        "3 min 15 s",
+        "1,234,567",
+        "not yet run on a GPU",
+        "torch 2.13",
+        "A & B <script>",
+        "or not <b>",
+        "kick <1>",
+    ):
         assert words in text, words
     assert page.tags.count("audio") == 4 and page.tags.count("script") == 1
     assert "not affiliated with OpenAI" in text
@@ -121,7 +129,9 @@ def test_losses_are_shown_as_losses(tmp_path, content):
     assert "1 faster, 1 slower, 1 even" in html
 
 
-@pytest.mark.parametrize(("ratio", "left", "width"), [(2.0, 50, 25), (0.5, 25, 25), (4.0, 50, 50), (64.0, 50, 50), (0.25, 0, 50)])
+@pytest.mark.parametrize(
+    ("ratio", "left", "width"), [(2.0, 50, 25), (0.5, 25, 25), (4.0, 50, 50), (64.0, 50, 50), (0.25, 0, 50)]
+)
 def test_bar_is_logarithmic_around_one(ratio, left, width):
     row = report._speed_row(_speed("x", ratio, ratio, ratio))
     assert (row["bar_left"], row["bar_width"]) == (left, width)
