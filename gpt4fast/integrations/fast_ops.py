@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -22,8 +23,10 @@ class fast_ops(TorchFunctionMode):
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        fast = _FAST.get(func)
+        fast = ROUTED.get(func)
         if fast is None:
+            if func is _UNFLATTEN and torch.compiler.is_compiling():
+                func = torch.unflatten  # the same; Dynamo can't trace the super() call of the method under a mode
             return func(*args, **kwargs) if kwargs else func(*args)
         kwargs = kwargs or {}
         try:
@@ -33,10 +36,11 @@ class fast_ops(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-_FAST = {
+ROUTED = {
     F.scaled_dot_product_attention: functional.scaled_dot_product_attention,
     F.conv_transpose1d: functional.conv_transpose1d,
     F.conv_transpose2d: functional.conv_transpose2d,
     F.conv_transpose3d: functional.conv_transpose3d,
     F.multi_head_attention_forward: attention.multi_head_attention_forward,
 }
+_UNFLATTEN = torch.Tensor.unflatten

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +33,9 @@ class MultiheadAttention(nn.MultiheadAttention):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """As in torch: (L, E), (L, N, E), or with batch_first (N, L, E); boolean masks are True where hidden."""
-        if need_weights or not _serves(self, query, key, value, key_padding_mask, attn_mask, is_causal):
+        if need_weights or not _serves(
+            self, query, key, value, key_padding_mask, attn_mask, is_causal, self.batch_first
+        ):
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
@@ -47,6 +49,33 @@ class MultiheadAttention(nn.MultiheadAttention):
             key, value = key.unsqueeze(0), value.unsqueeze(0)
         out = _attend(self, query.unsqueeze(0), key, value, key_padding_mask, attn_mask, is_causal, True)
         return out.squeeze(0), None
+
+
+@dataclass
+class _Linear:
+    weight: Tensor
+    bias: Tensor | None
+
+
+@dataclass
+class _Arguments:
+    """The arguments of ``multi_head_attention_forward`` under the names that the module has for them."""
+
+    embed_dim: int
+    num_heads: int
+    kdim: int
+    vdim: int
+    in_proj_weight: Tensor | None
+    q_proj_weight: Tensor | None
+    k_proj_weight: Tensor | None
+    v_proj_weight: Tensor | None
+    in_proj_bias: Tensor | None
+    bias_k: Tensor | None
+    bias_v: Tensor | None
+    add_zero_attn: bool
+    dropout: float
+    out_proj: _Linear
+    training: bool
 
 
 def multi_head_attention_forward(
@@ -77,7 +106,7 @@ def multi_head_attention_forward(
     is_causal=False,
 ) -> tuple[Tensor, Tensor | None]:
     """``torch.nn.functional.multi_head_attention_forward``: (L, N, E) inputs, fused where weights are not asked for."""
-    mha = SimpleNamespace(
+    mha = _Arguments(
         embed_dim=embed_dim_to_check,
         num_heads=num_heads,
         kdim=k_proj_weight.shape[1] if use_separate_proj_weight else embed_dim_to_check,
@@ -91,12 +120,11 @@ def multi_head_attention_forward(
         bias_v=bias_v,
         add_zero_attn=add_zero_attn,
         dropout=dropout_p,
-        out_proj=SimpleNamespace(weight=out_proj_weight, bias=out_proj_bias),
+        out_proj=_Linear(out_proj_weight, out_proj_bias),
         training=training,
-        batch_first=False,
     )
     fused = not need_weights and query.dim() == 3 and static_k is None and static_v is None
-    if fused and _serves(mha, query, key, value, key_padding_mask, attn_mask, is_causal):
+    if fused and _serves(mha, query, key, value, key_padding_mask, attn_mask, is_causal, batch_first=False):
         return _attend(mha, query, key, value, key_padding_mask, attn_mask, is_causal, batch_first=False), None
     return F.multi_head_attention_forward(
         query, key, value, embed_dim_to_check, num_heads, in_proj_weight, in_proj_bias, bias_k, bias_v, add_zero_attn,
@@ -106,7 +134,7 @@ def multi_head_attention_forward(
     )  # fmt: skip
 
 
-def _serves(mha, query, key, value, key_padding_mask, attn_mask, is_causal) -> bool:
+def _serves(mha, query, key, value, key_padding_mask, attn_mask, is_causal, batch_first) -> bool:
     """Whether torch would take the call; what it refuses is left to it, for its own error or warning."""
     if mha.embed_dim % mha.num_heads or (mha.bias_k is None) != (mha.bias_v is None):
         return False
@@ -115,7 +143,7 @@ def _serves(mha, query, key, value, key_padding_mask, attn_mask, is_causal) -> b
     if query.is_nested or key.is_nested or value.is_nested:
         return False
     batched = query.dim() == 3
-    batch_dim, length_dim = ((0, 1) if mha.batch_first else (1, 0)) if batched else (None, 0)
+    batch_dim, length_dim = ((0, 1) if batch_first else (1, 0)) if batched else (None, 0)
     batch = query.shape[batch_dim] if batched else 1
     if key.shape[:-1] != value.shape[:-1] or (batched and key.shape[batch_dim] != batch):
         return False

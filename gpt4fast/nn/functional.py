@@ -122,6 +122,8 @@ def _torch_takes(query, key, value, attn_mask, is_causal, enable_gqa) -> bool:
 
 def _no_kernel_named(device_type: str) -> bool:
     """True unless ``torch.nn.attention.sdpa_kernel`` rules one of torch's kernels out: who names a kernel gets it."""
+    if torch.compiler.is_compiling():
+        return True  # Dynamo can't read these switches
     cuda = torch.backends.cuda
     if not (cuda.flash_sdp_enabled() and cuda.math_sdp_enabled()):
         return False
