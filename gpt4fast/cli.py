@@ -207,7 +207,7 @@ def train_text(
     heads: Annotated[int, typer.Option(help="Attention heads.", min=1)] = 4,
     seed: Seed = 0,
 ) -> None:
-    """An encoder, then a decoder on top of it, on a text file or a folder of .txt files (or ten plays of Shakespeare)."""
+    """An encoder, then a decoder on it, on a text file or a folder of .txt files (or ten plays of Shakespeare)."""
     with _friendly(_go_on(output)):
         import torch
 

@@ -111,6 +111,7 @@ def choices(device: str = "cpu") -> list[Choice]:
 
 def print_report(console) -> None:
     """Prints all tables on a rich console."""
+    from rich.markup import escape
     from rich.table import Table
 
     for title, rows in (("Versions", versions()), ("Machine", machine())):
@@ -122,14 +123,28 @@ def print_report(console) -> None:
         console.print(table)
         console.print()
     for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
-        table = Table(title=f"Implementation of a typical float32 call on {device}", title_justify="left", box=None,
-                      padding=(0, 2, 0, 0))  # fmt: skip
-        for column in ("op", "call", "takes", "why not the others"):
+        chosen = choices(device)
+        table = Table(title=f"What a typical float32 call takes on {device}", title_justify="left", box=None)
+        for column in ("op", "call", "takes"):
             table.add_column(column, overflow="fold", style="green" if column == "takes" else None)
-        for choice in choices(device):
-            reasons = "\n".join(f"{name}: {reason}" for name, reason in choice.reasons.items())
-            table.add_row(choice.op, choice.call, choice.implementation, reasons)
+        for choice in chosen:
+            table.add_row(choice.op, choice.call, choice.implementation)
         console.print(table)
         console.print()
+        console.print("Why not another:", style="italic")
+        for (name, reason), ops in _reasons(chosen).items():
+            console.print(f"  [cyan]{name}[/cyan] [dim]for {', '.join(ops)}:[/dim] {escape(reason)}", highlight=False)
+        console.print()
     if not torch.cuda.is_available():
-        console.print("The CUDA kernels are compiled but not yet run on a GPU here.", style="dim")
+        console.print("GPU kernels: not yet run on a GPU here.", style="dim")
+
+
+def _reasons(chosen: list[Choice]) -> dict[tuple[str, str], list[str]]:
+    """{(implementation, why it was not taken): ops}, each reason once."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for choice in chosen:
+        for name, reason in choice.reasons.items():
+            ops = reasons.setdefault((name, reason), [])
+            if choice.op not in ops:
+                ops.append(choice.op)
+    return reasons

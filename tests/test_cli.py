@@ -16,6 +16,14 @@ import gpt4fast
 from gpt4fast.cli import app
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def run(monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
@@ -64,8 +72,8 @@ def test_doctor_tells_versions_machine_and_choices(run):
     result = run("doctor")
     assert result.exit_code == 0, result.output
     for text in (
-        gpt4fast.__version__, torch.__version__, "triton", "nvcc seen at build", "processor", "CPU level", "CPU library",
-        "CUDA library", "GPU", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "attention",
+        gpt4fast.__version__, torch.__version__, "triton", "nvcc seen at build", "processor", "CPU level",
+        "CPU library", "CUDA library", "GPU", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "attention",
     ):  # fmt: skip
         assert text in result.output
     for choice in gpt4fast.doctor.choices():

@@ -6,7 +6,6 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gpt4fast.demo import report, steps
-from gpt4fast.demo.bars import Callback, bars
+from gpt4fast.demo.bars import bars
 from gpt4fast.demo.state import State
 
 FULL_MINUTES = 6.0  # what the presets take on two cores at scale 1
@@ -30,10 +29,10 @@ STEPS: dict[str, Callable[[steps.Run], dict]] = {
 
 
 def run_demo(output: Path, *, minutes: float, threads: int, seed: int, console: Console) -> Path:
-    """Runs what is not finished yet under `output`, writes `report.html`, prints a short table; returns the report's path.
+    """Runs what is not finished yet under `output`, writes and returns `report.html`, prints a short table.
 
-    Every finished step is kept in `state.json`, and an unfinished one goes on from its last checkpoint. KeyboardInterrupt
-    passes through once the state is safe. ValueError if `output` holds a run with other settings.
+    Every finished step is kept in `state.json`, and an unfinished one goes on from its last checkpoint.
+    KeyboardInterrupt passes through once the state is safe. ValueError if `output` holds a run with other settings.
     """
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)

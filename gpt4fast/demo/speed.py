@@ -20,7 +20,7 @@ _ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh}  # those of the two generators
 
 
 def plain_generator(generator: nn.Module) -> nn.Module:
-    """A copy whose layers are as one writes them in torch: ConvTranspose, BatchNorm, activation, modules of their own."""
+    """A copy in torch's own modules, as one writes it: ConvTranspose, BatchNorm and activation one by one."""
     copied = copy.deepcopy(generator)
     plain = nn.Sequential()
     for layer in copied.layers:

@@ -10,9 +10,10 @@ import pytest
 
 pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
-Image = pytest.importorskip("PIL.Image")
+pytest.importorskip("PIL")
 
 import torch
+from PIL import Image
 
 from gpt4fast.data import write_wav
 from gpt4fast.demo import charts, media, report
@@ -20,8 +21,9 @@ from gpt4fast.demo.steps import fact, figure
 
 
 def _speed(what, ratio, low, high):
-    return {"what": what, "detail": "batch 2", "unit": "images/s", "plain": 100.0, "fast": 100.0 * ratio, "ratio": ratio,
-            "low": low, "high": high, "turns": 9, "implementation": "conv_transpose: native"}  # fmt: skip
+    return {"what": what, "detail": "batch 2", "unit": "images/s", "plain": 100.0, "fast": 100.0 * ratio,
+            "ratio": ratio, "low": low, "high": high, "turns": 9,
+            "implementation": "conv_transpose: native"}  # fmt: skip
 
 
 @pytest.fixture
@@ -37,7 +39,8 @@ def content(tmp_path):
         return {"name": name, "label": "Losses", "caption": "c", "x_label": "training step", "y_label": "loss, nats",
                 "series": {"generator": [[1, 2, 3], [3.0, 2.0, 1.0]]}}  # fmt: skip
 
-    text = {"facts": [fact("Perplexity", "9.1")], "examples": [[{"text": "a ", "kind": ""}, {"text": "b", "kind": "ins"}]],
+    example = [{"text": "a ", "kind": ""}, {"text": "b", "kind": "ins"}]
+    text = {"facts": [fact("Perplexity", "9.1")], "examples": [example],
             "examples_title": "Gaps", "examples_note": "n"}  # fmt: skip
     splits = {"train": "8", "validation": "1", "test": "1"}
     results = {
