@@ -1,4 +1,4 @@
-"""Text from a GPT or an encoder-decoder, one token at a time, with a key-value cache."""
+"""Text from a model, one token at a time; a GPT and an encoder-decoder keep a key-value cache."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from gpt4fast.generation.sampling import Sampling
-from gpt4fast.models import GPT, EncoderDecoder
+from gpt4fast.models import GPT, Encoder, EncoderDecoder
 
 if TYPE_CHECKING:
     from gpt4fast.data.tokenizer import Tokenizer
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @torch.inference_mode()
 def generate(
-    model: GPT | EncoderDecoder,
+    model: GPT | EncoderDecoder | Encoder,
     input_ids: torch.Tensor,
     *,
     max_new_tokens: int,
@@ -37,11 +37,12 @@ def generate(
 
     A GPT goes on from `input_ids` (batch, length); an EncoderDecoder reads them with its encoder and its decoder starts
     from `bos_id`. Rows of different length are padded on the left (GPT) or on either side (EncoderDecoder), with
-    `attention_mask` (batch, length) True at real tokens. A row ends with `eos_id`, which it keeps, or where
+    `attention_mask` (batch, length) True at real tokens. An Encoder, trained on the next token, goes on like a GPT but
+    reads everything anew for each token. A row ends with `eos_id`, which it keeps, or where
     `stop(new ids of the row)` says so; it is then filled with `pad_id`, and all stop when the last row has ended.
 
     temperature, top_k, top_p, min_p, repetition_penalty: see `Sampling`; applied in the order penalty, temperature,
-    top_k, top_p, min_p. `seed` makes the draw repeatable, without touching torch's global generator; None is a fresh one.
+    top_k, top_p, min_p. `seed` makes the draw repeatable, leaves torch's global generator alone; None is a fresh one.
     `on_token` gets each new column (batch,) as soon as it is drawn. The model's training mode is restored afterwards.
     """
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
@@ -57,10 +58,12 @@ def generate(
             f"attention_mask must be bool {tuple(input_ids.shape)} like input_ids, "
             f"was {attention_mask.dtype} {tuple(attention_mask.shape)}"
         )
+    start = next((start for kind, start in _STARTS.items() if isinstance(model, kind)), None)
+    if start is None:
+        raise TypeError(f"model must be a GPT, EncoderDecoder or Encoder, was {type(model).__name__}")
     was_training = model.training
     model.eval()
     try:
-        start = _start_gpt if isinstance(model, GPT) else _start_encoder_decoder
         logits, step, seen = start(model, input_ids, attention_mask, max_new_tokens, bos_id)
         return _draw_tokens(logits, step, seen, sampling, max_new_tokens, seed, eos_id, pad_id, stop, on_token)
     finally:
@@ -126,8 +129,24 @@ def _start_encoder_decoder(model: EncoderDecoder, input_ids, attention_mask, max
     return logits, step, _seen(logits.shape[-1], input_ids, attention_mask)
 
 
+def _start_encoder(model: Encoder, input_ids, attention_mask, max_new_tokens, bos_id):
+    ids, mask = input_ids, attention_mask
+
+    def step(token):
+        nonlocal ids, mask
+        ids = torch.cat([ids, token[:, None]], dim=1)
+        mask = None if mask is None else torch.nn.functional.pad(mask, (0, 1), value=True)
+        return model(ids, attention_mask=mask, is_causal=True).logits[:, -1]
+
+    logits = model(ids, attention_mask=mask, is_causal=True).logits[:, -1]
+    return logits, step, _seen(logits.shape[-1], input_ids, attention_mask)
+
+
+_STARTS = {GPT: _start_gpt, EncoderDecoder: _start_encoder_decoder, Encoder: _start_encoder}
+
+
 def continue_text(
-    model: GPT | EncoderDecoder,
+    model: GPT | EncoderDecoder | Encoder,
     tokenizer: Tokenizer,
     prompt: str,
     *,

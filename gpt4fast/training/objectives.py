@@ -1,4 +1,4 @@
-"""Self-supervised objectives on token ids: pure functions of ids and a random generator.
+"""Self-supervised objectives on token ids: pure functions of ids and a random generator (None: torch's global one).
 
 Ids below `special_count` of the tokenizer are special tokens: never masked, never predicted by the masked objectives,
 never drawn as a random replacement. Labels use torch's `ignore_index` -100.
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 IGNORE = -100
 
 
-def windows(token_ids: torch.Tensor, count: int, length: int, generator: torch.Generator) -> torch.Tensor:
+def windows(token_ids: torch.Tensor, count: int, length: int, generator: torch.Generator | None = None) -> torch.Tensor:
     """`count` stretches (count, length) of token_ids, which is (total,), or (rows, width): no stretch crosses rows."""
     rows = token_ids.reshape(1, -1) if token_ids.dim() == 1 else token_ids
     if rows.shape[1] < length:
@@ -26,7 +26,7 @@ def windows(token_ids: torch.Tensor, count: int, length: int, generator: torch.G
     return rows[row, start + torch.arange(length)]
 
 
-def masked_lm(ids: torch.Tensor, tokenizer: Tokenizer, generator: torch.Generator, rate: float = 0.15):
+def masked_lm(ids: torch.Tensor, tokenizer: Tokenizer, rate: float = 0.15, generator: torch.Generator | None = None):
     """BERT's masked language modelling (Devlin et al. 2019): inputs and labels, each (batch, length).
 
     Each ordinary token is chosen with probability `rate`; of the chosen, 80 % become `<mask>`, 10 % a random ordinary
@@ -48,7 +48,11 @@ def next_token(ids: torch.Tensor, tokenizer: Tokenizer):
 
 
 def choose_spans(
-    candidates: torch.Tensor, generator: torch.Generator, rate: float, mean_span: float = 3.8, longest_span: int = 10
+    candidates: torch.Tensor,
+    rate: float,
+    generator: torch.Generator | None = None,
+    mean_span: float = 3.8,
+    longest_span: int = 10,
 ) -> torch.Tensor:
     """Contiguous spans as in SpanBERT (Joshi et al. 2020): a boolean mask of the shape of `candidates` (batch, length).
 
@@ -71,13 +75,15 @@ def choose_spans(
     return spans
 
 
-def span_infilling(ids: torch.Tensor, tokenizer: Tokenizer, generator: torch.Generator, rate: float = 0.2):
+def span_infilling(
+    ids: torch.Tensor, tokenizer: Tokenizer, rate: float = 0.2, generator: torch.Generator | None = None
+):
     """Infilling for an encoder, after SpanBERT: inputs and labels, each (batch, length).
 
     Whole spans are hidden: the first token of each becomes `<gap>`, the rest `<mask>`, so the encoder sees where a gap
     begins and how long it is; labels hold the original ids of the spans, else -100.
     """
-    spans = choose_spans(ids >= tokenizer.special_count, generator, rate)
+    spans = choose_spans(ids >= tokenizer.special_count, rate, generator)
     first = spans.clone()
     first[:, 1:] &= ~spans[:, :-1]
     inputs = torch.where(spans, tokenizer.mask_id, ids)
@@ -90,7 +96,7 @@ def pad_rows(rows: list[torch.Tensor], fill: int) -> torch.Tensor:
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill)
 
 
-def gap_filling(ids: torch.Tensor, tokenizer: Tokenizer, generator: torch.Generator, rate: float = 0.3):
+def gap_filling(ids: torch.Tensor, tokenizer: Tokenizer, rate: float = 0.3, generator: torch.Generator | None = None):
     """Infilling for an encoder-decoder: the encoder reads text with gaps, the decoder writes what is missing.
 
     Each span shrinks to one `<gap>` in the encoder's input, as in BART's text infilling (Lewis et al. 2020); the
@@ -98,7 +104,7 @@ def gap_filling(ids: torch.Tensor, tokenizer: Tokenizer, generator: torch.Genera
     Returns input_ids (batch, ≤ length), attention_mask of that shape (True at real tokens), decoder_input_ids and
     labels, (batch, longest target), padding labelled -100.
     """
-    spans = choose_spans(ids >= tokenizer.special_count, generator, rate)
+    spans = choose_spans(ids >= tokenizer.special_count, rate, generator)
     gap, start, end = (torch.tensor([i]) for i in (tokenizer.gap_id, tokenizer.bos_id, tokenizer.eos_id))
     sources, targets = [], []
     for row, hidden in zip(ids, spans, strict=True):
