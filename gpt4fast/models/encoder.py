@@ -47,7 +47,8 @@ class Encoder(Pretrained, nn.Module):
         input_ids: (B, L) int64 or int32.
         labels: (B, L), the token that each position should name; -100 is ignored. Nothing is shifted.
         attention_mask: (B, L) bool or integer, true at real tokens, one run per row.
-        is_causal: each token sees only those before it, for the next-token objective.
+        is_causal: each token sees only those before it, for the next-token objective. The logits are then a GPT's, the
+            token embedding alone, so that a decoder made from these weights begins as the same language model.
 
     `encode(input_ids, attention_mask=...)` stops before the head and returns the hidden states alone.
     """
@@ -80,7 +81,10 @@ class Encoder(Pretrained, nn.Module):
         is_causal: bool = False,
     ) -> EncoderOutput:
         hidden = self.encode(input_ids, attention_mask=attention_mask, is_causal=is_causal)
-        logits = self.head(self.transform_norm(F.gelu(self.transform(hidden))))
+        if is_causal:
+            logits = F.linear(hidden, self.head.weight)
+        else:
+            logits = self.head(self.transform_norm(F.gelu(self.transform(hidden))))
         if labels is None:
             return EncoderOutput(logits, hidden, None)
         check_labels(labels, input_ids, self.config)

@@ -233,9 +233,9 @@ class SelfAttention(nn.Module):
         is_causal: bool,
         cache: LayerCache | None = None,
     ) -> Tensor:
-        B, L, _ = x.shape
-        heads = self.qkv(x).view(B, L, -1, self.head_dim).transpose(1, 2)  # (B, Hq + 2 Hk, L, D)
-        q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
+        heads = self.num_heads + 2 * self.num_kv_heads
+        qkv = self.qkv(x).unflatten(-1, (heads, self.head_dim)).transpose(1, 2)  # (B, heads, L, D)
+        q, k, v = qkv.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
         if cache is not None:
             # Rotates, appends the new keys and values in place, and attends. The cache is not part of any gradient.
             y = gpt4fast.attention_decode(
@@ -252,7 +252,7 @@ class SelfAttention(nn.Module):
                 kv_starts=padding.starts if padding else None,
                 kv_lengths=padding.lengths if padding else None,
             )  # fmt: skip
-        return self.out(y.transpose(1, 2).reshape(B, L, -1))
+        return self.out(y.transpose(1, 2).flatten(2))
 
 
 class CrossAttention(nn.Module):
@@ -260,27 +260,25 @@ class CrossAttention(nn.Module):
 
     def __init__(self, config: TransformerConfig, encoder_dim: int):
         super().__init__()
-        self.num_kv_heads, self.head_dim, self.dropout = config.num_kv_heads, config.head_dim, config.dropout
+        self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        self.dropout = config.dropout
         self.query = nn.Linear(config.embed_dim, config.embed_dim, bias=config.bias)
         self.key_value = nn.Linear(encoder_dim, 2 * config.num_kv_heads * config.head_dim, bias=config.bias)
         self.out = nn.Linear(config.embed_dim, config.embed_dim, bias=config.bias)
 
     def project(self, encoder_output: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (B, Hk, S, D) of the encoder's output (B, S, encoder_dim)."""
-        B, S, _ = encoder_output.shape
-        return (
-            self.key_value(encoder_output).view(B, S, -1, self.head_dim).transpose(1, 2).split(self.num_kv_heads, dim=1)
-        )
+        heads = (2 * self.num_kv_heads, self.head_dim)
+        return self.key_value(encoder_output).unflatten(-1, heads).transpose(1, 2).split(self.num_kv_heads, dim=1)
 
     def forward(self, x: Tensor, key_value: tuple[Tensor, Tensor], padding: Padding | None) -> Tensor:
-        B, L, _ = x.shape
         y = gpt4fast.attention(
-            self.query(x).view(B, L, -1, self.head_dim).transpose(1, 2), *key_value,
+            self.query(x).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2), *key_value,
             dropout_p=self.dropout if self.training else 0.0,
             kv_starts=padding.starts if padding else None,
             kv_lengths=padding.lengths if padding else None,
         )  # fmt: skip
-        return self.out(y.transpose(1, 2).reshape(B, L, -1))
+        return self.out(y.transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):

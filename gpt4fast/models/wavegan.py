@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from gpt4fast.nn import ConvTranspose1d
 
-from .dcgan import check_latent
+from .dcgan import check_latent, init_he
 from .layers import check_positive
 from .pretrained import Pretrained
 
@@ -87,7 +87,7 @@ class WaveGANGenerator(Pretrained, nn.Module):
                     before, after, KERNEL, STRIDE, PADDING, OUTPUT_PADDING, activation="tanh" if last else "relu"
                 )
             )
-        init_glorot(self)
+        init_he(self)
 
     def forward(self, z: Tensor) -> Tensor:
         check_latent(z, self.config.latent_dim)
@@ -113,7 +113,7 @@ class WaveGANDiscriminator(Pretrained, nn.Module):
             nn.Conv1d(before, after, KERNEL, STRIDE, PADDING) for before, after in pairwise(widths)
         )
         self.linear = nn.Linear(widths[-1] * config.start, 1)
-        init_glorot(self)
+        init_he(self)
 
     def forward(self, waves: Tensor) -> Tensor:
         if waves.dim() != 3 or waves.shape[1:] != (self.config.channels, self.config.samples):
@@ -129,17 +129,9 @@ class WaveGANDiscriminator(Pretrained, nn.Module):
 
 
 def phase_shuffle(x: Tensor, most: int) -> Tensor:
-    """Shifts each row of x (B, C, L) by its own random number of samples, up to `most` either way, mirrored at the ends."""
+    """Shifts each row of x (B, C, L) by its own random number of samples, `most` at most, mirrored at the ends."""
     L = x.shape[-1]
     shift = torch.randint(-most, most + 1, (len(x), 1, 1), device=x.device)
     index = (torch.arange(L, device=x.device) + shift).abs()  # mirrored at sample 0, then at sample L - 1
     index = L - 1 - (L - 1 - index).abs()
     return x.gather(2, index.expand(x.shape))
-
-
-def init_glorot(model: nn.Module) -> None:
-    """The paper's initial values, which are TensorFlow's: Glorot's uniform weights (2010), biases zero."""
-    for module in model.modules():
-        if isinstance(module, (nn.Linear, nn.Conv1d, nn.ConvTranspose1d)):
-            nn.init.xavier_uniform_(module.weight)
-            nn.init.zeros_(module.bias)
