@@ -1,0 +1,97 @@
+"""``gpt4fast bench``: an op against torch and other libraries, with values checked before anything is timed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from .benchmarks import candidates, report, shapes
+from .benchmarks import peers as other_libraries
+from .benchmarks.harness import CpuTimer, CudaTimer, Monitor, measure, measure_ceilings, pinned_threads
+
+OPS = tuple(shapes.CELLS)
+
+
+def main(
+    op: str,
+    quick: bool = True,
+    output: Path = Path("gpt4fast-bench"),
+    peers: bool = False,
+    compile: bool = False,
+    threads: int | None = None,
+    *,
+    impls: Sequence[str] = (),
+    device: str = "cpu",
+) -> list[dict]:
+    """Measure one op; print a table, write ``<op>.json`` and ``<op>.png`` into ``output``.
+
+    Args:
+        op: "attention" or "conv_transpose".
+        quick: the quick subset of the shapes, under a minute; otherwise all of them, some ten minutes.
+        peers: also ONNX Runtime and OpenVINO, where installed.
+        compile: also torch.compile of torch's ops; it needs a C++ compiler and compiles for minutes.
+        threads: torch's threads; 2 by default.
+        impls: implementations of gpt4fast to measure beside its own choice, for instance ("native", "reference").
+        device: "cpu" or "cuda".
+
+    Returns:
+        The rows of the JSON file, see ``benchmarks.report.make_rows``.
+
+    Raises:
+        ValueError: op, threads or an implementation is unknown.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    cells = shapes.select(op, quick)
+    console = Console()
+    timer = CpuTimer() if device == "cpu" else CudaTimer()
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    rows: list[dict] = []
+    with pinned_threads(threads) as used, Progress(*columns, console=console, transient=True) as progress:
+        origin = report.provenance(device, used)
+        task = progress.add_task("measuring the machine's ceilings", total=len(cells))
+        ceilings = measure_ceilings(sorted({dtype for _, dtype in cells}, key=str), device, timer)
+        for cell, dtype in cells:
+            progress.update(task, description=f"{cell.name}, {str(dtype).removeprefix('torch.')}")
+            with torch.inference_mode(not cell.backward):
+                competitors, reference = candidates.build(cell, dtype, device, impls=impls, compile=compile)
+                if peers and device == "cpu":
+                    competitors += other_libraries.build(cell, dtype, used)
+                timings = measure(
+                    competitors, reference, candidates.tolerance(cell, dtype), timer=timer, monitor=Monitor(),
+                    rounds=9 if quick else 21, seconds=1.5 if quick else 15.0,
+                )  # fmt: skip
+            rows += report.make_rows(cell, dtype, timings, ceilings, origin)
+            progress.advance(task)
+
+    where = f"{origin['device']}" + (f", {used} threads" if device == "cpu" else "")
+    report.print_table(rows, f"{op} on {where}", console)
+    rate = ", ".join(f"{str(d).removeprefix('torch.')} {r / 1e9:.0f} GFLOP/s" for d, r in ceilings.gemm.items())
+    console.print(
+        f"Ceilings of this run: matrix product {rate}; read {ceilings.cache_read / 1e9:.0f} GB/s up to "
+        f"{ceilings.cache_bytes / 2**20:.0f} MB, {ceilings.memory_read / 1e9:.0f} GB/s beyond.",
+        highlight=False,
+    )
+    console.print(report.summary(rows), highlight=False)
+    output.mkdir(parents=True, exist_ok=True)
+    report.write_json(output / f"{op}.json", rows, ceilings)
+    note = f"{where}; torch {origin['torch']}, gpt4fast {origin['gpt4fast']} ({origin['commit'] or 'installed'}), "
+    report.draw_chart(output / f"{op}.png", rows, f"{op}: gpt4fast against torch", note + str(origin["date"])[:10])
+    console.print(f"Written: {output / op}.json, {output / op}.png", highlight=False)
+    return rows
+
+
+def gpu_table(output: Path = Path("gpt4fast-bench-gpu")) -> None:
+    """The quick cells of both ops on the GPU, against cuDNN, SDPA and torch.compile. Not yet run on a GPU.
+
+    Writes what ``main`` writes and ends with a short table. Without a GPU it exits with one line.
+    """
+    if not torch.cuda.is_available():
+        raise SystemExit("No GPU: torch sees no CUDA device, so nothing was measured.")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    rows = [row for op in OPS for row in main(op, quick=True, output=output, compile=True, device="cuda")]
+    report.print_table([row for row in rows if row["candidate"] == candidates.SUBJECT], "gpt4fast on this GPU")
+    print(report.summary(rows))

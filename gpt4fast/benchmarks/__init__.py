@@ -1,0 +1,1 @@
+"""What ``gpt4fast bench`` and ``pytest benchmarks`` share: shapes, candidates, peers, the harness and the report."""

@@ -1,0 +1,238 @@
+"""What is timed on a cell: torch, torch.compile, and gpt4fast, by its own choice or by a named implementation."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import gpt4fast
+
+from . import shapes
+from .harness import Candidate
+from .shapes import AttentionCell, ConvTransposeCell, Layer
+
+BASELINE = "torch"
+SUBJECT = "gpt4fast"
+
+
+def build(
+    cell: AttentionCell | ConvTransposeCell,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    *,
+    impls: Sequence[str] = (),
+    compile: bool = False,
+) -> tuple[list[Candidate], tuple[Tensor, ...]]:
+    """The candidates of a cell, torch first, and the reference values in float64.
+
+    Args:
+        impls: implementations of gpt4fast to time beside its own choice.
+        compile: time torch.compile of torch's ops, too.
+    """
+    make = _attention if isinstance(cell, AttentionCell) else _conv_transpose
+    return make(cell, dtype, device, impls, compile)
+
+
+def tolerance(cell: AttentionCell | ConvTransposeCell, dtype: torch.dtype) -> float:
+    return shapes.TOLERANCES[dtype] * cell.depth
+
+
+def _named(impls: Sequence[str]) -> list[tuple[str, str | None]]:
+    return [(SUBJECT, None), *((f"{SUBJECT} {impl}", impl) for impl in impls)]
+
+
+def _what_runs(op: Callable | str, impl: str | None, *args, **kwargs) -> str:
+    """The implementation that a call takes, or "refused": such a call raises, and the harness tells why."""
+    try:
+        return gpt4fast.explain(op, *args, **kwargs, impl=impl).implementation
+    except RuntimeError:
+        return "refused"
+
+
+# Attention
+
+
+def _attention(
+    cell: AttentionCell, dtype: torch.dtype, device: str, impls: Sequence[str], compile: bool
+) -> tuple[list[Candidate], tuple[Tensor, ...]]:
+    inputs = cell.inputs(dtype, device)
+    query, key, value, *grad = inputs
+
+    def with_backward(attend: Callable[..., Tensor]) -> Callable[[], Tensor | tuple[Tensor, ...]]:
+        if not cell.backward:
+            return lambda: attend(query, key, value)
+
+        def run() -> tuple[Tensor, ...]:
+            out = attend(query, key, value)
+            return out.detach(), *torch.autograd.grad(out, (query, key, value), grad[0])
+
+        return run
+
+    def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=cell.is_causal, enable_gqa=cell.heads != cell.kv_heads)
+
+    candidates = [Candidate(BASELINE, with_backward(sdpa))]
+    if cell.mode == "decode":
+        candidates.append(Candidate("torch matmul", with_backward(_folded)))
+    if compile:
+        candidates.append(Candidate("torch.compile", with_backward(torch.compile(sdpa, dynamic=False))))
+    lengths = torch.full((cell.batch,), cell.length, device=device)
+    for name, impl in _named(impls):
+        if cell.mode == "decode":
+
+            def attend(q: Tensor, k: Tensor, v: Tensor, impl=impl) -> Tensor:
+                return gpt4fast.attention_decode(q, k, v, lengths, impl=impl)
+
+            # attention_decode passes this call on to attention
+            ran = _what_runs("attention", impl, *inputs, is_causal=True, query_offset=lengths - 1, kv_lengths=lengths)
+        else:
+
+            def attend(q: Tensor, k: Tensor, v: Tensor, impl=impl) -> Tensor:
+                return gpt4fast.attention(q, k, v, is_causal=cell.causal, impl=impl)
+
+            ran = _what_runs("attention", impl, query, key, value, is_causal=cell.causal)
+        candidates.append(Candidate(name, with_backward(attend), implementation=ran))
+    return candidates, cell.reference(inputs)
+
+
+def _folded(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """One query's attention by matmul, the heads of a group as rows of one matrix."""
+    batch, heads, _, head_dim = query.shape
+    rows = query.reshape(batch, key.shape[1], heads // key.shape[1], head_dim)
+    weights = torch.matmul(rows * head_dim**-0.5, key.transpose(2, 3)).softmax(-1)
+    return torch.matmul(weights, value).reshape(batch, heads, 1, -1)
+
+
+# Transposed convolution
+
+
+def _call(x: Tensor, layer: Layer, p: dict[str, Tensor | None], training: bool) -> tuple[str, tuple, dict, bool]:
+    """A layer as a call of gpt4fast's op: name, arguments, and whether norm and activation are part of it."""
+    settings = {"stride": layer.stride, "padding": layer.padding, "groups": layer.groups}
+    fused = layer.norm is None or (layer.norm == "batch" and not training)
+    if fused:
+        settings |= {"scale": p.get("scale"), "shift": p.get("shift"), "activation": layer.activation}
+    return f"conv_transpose{x.dim() - 2}d", (x, p["weight"], p["bias"]), settings, fused
+
+
+def _network(cell: ConvTransposeCell, impl: str | None) -> shapes.Network:
+    """The layers on gpt4fast's op, fused as far as the op goes."""
+
+    def network(x: Tensor, parameters: list[dict]) -> Tensor:
+        for layer, p in zip(cell.layers, parameters, strict=True):
+            name, args, settings, fused = _call(x, layer, p, cell.backward)
+            x = getattr(gpt4fast, name)(*args, **settings, impl=impl)
+            if not fused:
+                x = shapes.ACTIVATIONS[layer.activation](shapes.normalize(x, layer, p, cell.backward))
+        return x
+
+    return network
+
+
+def _implementations(cell: ConvTransposeCell, x: Tensor, parameters: list[dict], impl: str | None) -> str:
+    """What runs, over the layers."""
+    ran = set()
+    for layer, p in zip(cell.layers, parameters, strict=True):
+        name, args, settings, _ = _call(x, layer, p, cell.backward)
+        ran.add(_what_runs(name, impl, *args, **settings))
+        x = shapes.run_layer_in_torch(x, layer, p, cell.backward)
+    return ", ".join(sorted(ran))
+
+
+def _fold(layer: Layer, p: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+    """Batch norm at inference as scale and shift, computed once."""
+    if layer.norm != "batch":
+        return p
+    scale = p["gamma"].double() * (p["var"].double() + 1e-5).rsqrt()
+    shift = p["beta"].double() - p["mean"].double() * scale
+    return {**p, "scale": scale.to(p["weight"].dtype), "shift": shift.to(p["weight"].dtype)}
+
+
+@dataclass
+class _Operands:
+    """A cell's tensors, in one dtype and memory layout."""
+
+    x: Tensor
+    y: Tensor
+    parameters: list[dict[str, Tensor | None]]
+    judge: list[Tensor]
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> _Operands:
+        def changed(t: Tensor | None) -> Tensor | None:
+            return None if t is None else change(t.detach()).requires_grad_(t.requires_grad)
+
+        parameters = [{name: changed(t) for name, t in p.items()} for p in self.parameters]
+        return _Operands(changed(self.x), changed(self.y), parameters, [changed(w) for w in self.judge])
+
+    def runner(self, cell: ConvTransposeCell, network: shapes.Network) -> Callable[[], Tensor | tuple[Tensor, ...]]:
+        if cell.mode == "training":
+            return lambda: shapes.train(network, self.x, self.y, self.parameters)
+        if cell.mode == "step":
+            return lambda: shapes.gan_step(network, self.x, self.y, self.parameters, self.judge)
+        return lambda: network(self.x, self.parameters)
+
+
+def _channels_last(t: Tensor) -> Tensor:
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return t.to(memory_format=formats[t.dim()]) if t.dim() in formats else t
+
+
+def _conv_transpose(
+    cell: ConvTransposeCell, dtype: torch.dtype, device: str, impls: Sequence[str], compile: bool
+) -> tuple[list[Candidate], tuple[Tensor, ...]]:
+    judge = shapes.discriminator(cell, dtype, device) if cell.mode == "step" else []
+    operands = _Operands(*cell.inputs(dtype, device), cell.parameters(dtype, device), judge)
+    layouts = {"": operands}
+    if cell.dims > 1:
+        layouts = {"channels first": operands, "channels last": operands.map(_channels_last)}
+    plain = shapes.torch_network(cell)
+    networks: list[tuple[str, str | None, shapes.Network]] = [(BASELINE, None, plain)]
+    if compile:
+        networks.append(("torch.compile", None, torch.compile(plain, dynamic=cell.mode == "lengths")))
+    networks += [(name, impl, _network(cell, impl)) for name, impl in _named(impls)]
+
+    candidates = []
+    for name, impl, network in networks:
+        for layout, tensors in layouts.items():
+            ran = ""
+            if name.startswith(SUBJECT):
+                if not cell.backward:
+                    folded = [_fold(layer, p) for layer, p in zip(cell.layers, tensors.parameters, strict=True)]
+                    tensors = replace(tensors, parameters=folded)
+                ran = _implementations(cell, tensors.x, tensors.parameters, impl)
+            run, check = tensors.runner(cell, network), None
+            if cell.mode == "lengths":
+                share = slice(len(candidates), None, len(networks) * len(layouts))
+                run, check = _changing_lengths(cell, tensors, network, layout, share), run
+            candidates.append(Candidate(name, run, layout, ran, check))
+
+    reference = operands.map(Tensor.double).runner(cell, plain)()
+    return candidates, reference if isinstance(reference, tuple) else (reference,)
+
+
+def _changing_lengths(
+    cell: ConvTransposeCell, tensors: _Operands, network: shapes.Network, layout: str, share: slice
+) -> Callable[[], Tensor]:
+    """Every call has a new last size. Candidates never share one, since torch keeps its set-up for each."""
+    lengths = cell.last_sizes()
+    mine = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(0))[share]
+    upcoming = itertools.cycle(lengths[i] for i in mine.tolist())
+    batch, channels, *rows = tensors.x.shape[:-1]
+    buffer = torch.randn(batch * channels * math.prod(rows) * lengths[-1], device=tensors.x.device).to(tensors.x.dtype)
+
+    def run() -> Tensor:
+        size = (*rows, next(upcoming))
+        data = buffer[: batch * channels * math.prod(size)]
+        if layout == "channels last":
+            x = data.view(batch, *size, channels).movedim(-1, 1)
+        else:
+            x = data.view(batch, channels, *size)
+        return network(x, tensors.parameters)
+
+    return run

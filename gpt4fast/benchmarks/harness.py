@@ -1,0 +1,309 @@
+"""Times candidates in turns, after their values were checked, beside the machine's measured ceilings.
+
+Candidates take turns (A B C, B C A, …) in slots of some 20 ms, so that a change of clock, temperature or load meets all
+of them alike; the figure is the ratio of medians of one run. A slot that another process disturbed is measured again a
+few times, and counted if that does not help. A candidate whose values are wrong is never timed.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+Outputs = Tensor | tuple[Tensor, ...]
+
+
+class Unavailable(RuntimeError):
+    """A candidate can't serve a cell; the message says why."""
+
+
+@dataclass
+class Candidate:
+    """One way to compute a cell. ``run`` does it once. Variants of a name (memory layouts) compete; the fastest counts.
+
+    ``check`` gives the outputs to compare with the reference where ``run`` changes its inputs from call to call.
+    """
+
+    name: str
+    run: Callable[[], Outputs]
+    variant: str = ""
+    implementation: str = ""
+    check: Callable[[], Outputs] | None = None
+
+
+@dataclass
+class Timing:
+    """A candidate's result. ``status`` is "ok", or, where it was not timed, "wrong" or "failed: reason"."""
+
+    candidate: Candidate
+    status: str
+    error: float | None = None  # largest |output - reference| / largest |reference|, over the outputs
+    samples: list[float] = field(default_factory=list)  # seconds per call, one for each turn
+    repeats: int = 1  # calls in a slot
+    noisy: int = 0  # slots that stayed disturbed
+    remeasured: int = 0
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.samples)
+
+    def fifths(self) -> tuple[float, float]:
+        """20th and 80th percentile, seconds."""
+        return percentiles(self.samples)
+
+
+def percentiles(samples: Sequence[float]) -> tuple[float, float]:
+    """20th and 80th percentile, interpolated."""
+    if len(samples) == 1:
+        return samples[0], samples[0]
+    cuts = statistics.quantiles(samples, n=5, method="inclusive")
+    return cuts[0], cuts[3]
+
+
+class CpuTimer:
+    """Wall-clock seconds per call."""
+
+    def slot(self, run: Callable[[], object], repeats: int) -> float:
+        start = time.perf_counter()
+        for _ in range(repeats):
+            run()
+        return (time.perf_counter() - start) / repeats
+
+
+class CudaTimer:
+    """Seconds per call by CUDA events, the L2 cache overwritten before every call. Not yet run on a GPU."""
+
+    def __init__(self) -> None:
+        size = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+        self._flush = torch.empty(2 * size, dtype=torch.uint8, device="cuda")
+
+    def slot(self, run: Callable[[], object], repeats: int) -> float:
+        events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+        for start, end in events:
+            self._flush.zero_()
+            start.record()
+            run()
+            end.record()
+        torch.cuda.synchronize()
+        return sum(start.elapsed_time(end) for start, end in events) / repeats / 1e3
+
+
+class Monitor:
+    """Tells whether other processes disturbed a slot, where Linux's /proc can tell."""
+
+    # /proc/stat counts in ticks of 10 ms on each processor, so less than two ticks means nothing.
+    ALLOWED_SECONDS, ALLOWED_SHARE, ALLOWED_WAIT = 0.02, 0.1, 0.03
+
+    def start(self) -> None:
+        self._others, self._waited = self._others_seconds(), self._wait_seconds()
+
+    def disturbed(self, seconds: float) -> bool:
+        """Whether, in the ``seconds`` since ``start``, others ran for long or our threads waited for a core."""
+        others, waited = self._others_seconds() - self._others, self._wait_seconds() - self._waited
+        return others > max(self.ALLOWED_SECONDS, self.ALLOWED_SHARE * seconds) or waited > self.ALLOWED_WAIT * seconds
+
+    @staticmethod
+    def _others_seconds() -> float:
+        """Processor time, since boot, of everything but this process: user, nice, system, interrupts, stolen."""
+        try:
+            ticks = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+        except OSError:
+            return 0.0
+        own = os.times()
+        busy = sum(int(ticks[i]) for i in (0, 1, 2, 5, 6, 7)) / os.sysconf("SC_CLK_TCK")
+        return busy - own.user - own.system
+
+    @staticmethod
+    def _wait_seconds() -> float:
+        """How long threads of this process that still live were ready to run but had no core."""
+        waited = 0
+        for path in Path("/proc/self/task").glob("*/schedstat"):
+            try:
+                waited += int(path.read_text().split()[1])
+            except OSError:  # the thread ended meanwhile
+                continue
+        return waited / 1e9
+
+
+def relative_error(outputs: Outputs, reference: Outputs) -> float:
+    """Largest |output - reference| / largest |reference|, over all outputs; inf for a wrong shape or a NaN."""
+    outputs, reference = ((x,) if isinstance(x, Tensor) else tuple(x) for x in (outputs, reference))
+    if len(outputs) != len(reference):
+        return float("inf")
+    worst = 0.0
+    for output, expected in zip(outputs, reference, strict=True):
+        if output.shape != expected.shape:
+            return float("inf")
+        difference = (output.detach().double() - expected).abs().max().item()
+        error = difference / max(expected.abs().max().item(), 1e-30)
+        if not error <= worst:  # also where it is NaN
+            worst = error if error == error else float("inf")
+    return worst
+
+
+def check(candidate: Candidate, reference: Outputs, tolerance: float) -> Timing:
+    """Compute once and compare; the result's status says whether the candidate may be timed."""
+    try:
+        error = relative_error((candidate.check or candidate.run)(), reference)
+    except RuntimeError as problem:
+        return Timing(candidate, f"failed: {str(problem).strip().splitlines()[0]}")
+    return Timing(candidate, "ok" if error <= tolerance else "wrong", error)
+
+
+def measure(
+    candidates: Sequence[Candidate],
+    reference: Outputs,
+    tolerance: float,
+    *,
+    timer: CpuTimer | CudaTimer,
+    monitor: Monitor,
+    rounds: int = 11,
+    slot: float = 0.02,
+    seconds: float = 10.0,
+    retries: int = 3,
+) -> list[Timing]:
+    """Check every candidate against ``reference``, then time those that are right, in turns.
+
+    Args:
+        tolerance: largest relative error of a right value, see ``relative_error``.
+        rounds: turns of each candidate; fewer, but at least 3, where they would take longer than ``seconds``.
+        slot: least seconds of a turn, reached by repeating the call.
+        retries: how often a disturbed slot is measured again.
+    """
+    timings = [check(candidate, reference, tolerance) for candidate in candidates]
+    live = [timing for timing in timings if timing.status == "ok"]
+    for timing in live:
+        timing.repeats = calibrate(timer, timing.candidate.run, slot)
+    spent = 0.0
+    for turn in range(rounds):
+        if turn >= 3 and spent > seconds:
+            break
+        first = turn % max(1, len(live))
+        for timing in live[first:] + live[:first]:
+            for attempt in range(retries + 1):
+                monitor.start()
+                sample = timer.slot(timing.candidate.run, timing.repeats)
+                spent += sample * timing.repeats
+                quiet = not monitor.disturbed(sample * timing.repeats)
+                if quiet or spent > seconds:
+                    break
+                timing.remeasured += attempt < retries
+            timing.noisy += not quiet
+            timing.samples.append(sample)
+    return timings
+
+
+def calibrate(timer: CpuTimer | CudaTimer, run: Callable[[], object], slot: float) -> int:
+    """How many calls fill ``slot`` seconds; the calls made to find out also warm up."""
+    repeats = 1
+    while True:
+        seconds = timer.slot(run, repeats)
+        if seconds * repeats >= slot / 2:
+            return max(1, round(slot / seconds + 0.5))
+        repeats *= 2
+
+
+def fastest_variants(timings: Sequence[Timing]) -> dict[str, Timing]:
+    """By candidate name, the variant with the best median; where none was timed, the first, with its status."""
+    best: dict[str, Timing] = {}
+    for timing in timings:
+        other = best.setdefault(timing.candidate.name, timing)
+        if timing.samples and (not other.samples or timing.median < other.median):
+            best[timing.candidate.name] = timing
+    return best
+
+
+@contextmanager
+def pinned_threads(threads: int | None) -> Iterator[int]:
+    """Torch's threads inside: ``threads``, or by default 2 (1 on a single core). Yields the number."""
+    if threads is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        threads = min(2, cores)
+    if threads < 1:
+        raise ValueError(f"threads must be at least 1, but is {threads}")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield threads
+    finally:
+        torch.set_num_threads(before)
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What this machine reached in this run: FLOP/s of a matrix product by dtype, bytes/s of a read by footprint."""
+
+    gemm: dict[torch.dtype, float]
+    cache_bytes: int  # up to this footprint a read counts as one from the last-level cache
+    cache_read: float
+    memory_read: float
+
+    def floor(self, operations: float, bytes_moved: float, dtype: torch.dtype) -> float:
+        """Seconds that the work takes at the ceilings."""
+        read = self.cache_read if bytes_moved <= self.cache_bytes else self.memory_read
+        return max(operations / self.gemm[dtype], bytes_moved / read)
+
+    def bound(self, operations: float, bytes_moved: float, dtype: torch.dtype) -> str:
+        """Which ceiling makes the floor: "compute", "cache" or "memory"."""
+        if operations / self.gemm[dtype] >= self.floor(operations, bytes_moved, dtype):
+            return "compute"
+        return "cache" if bytes_moved <= self.cache_bytes else "memory"
+
+
+def measure_ceilings(dtypes: Sequence[torch.dtype], device: str, timer: CpuTimer | CudaTimer) -> Ceilings:
+    """Best of several matrix products that fit the cache, and of several reads by torch's own reductions.
+
+    A product in half precision is never counted slower than the float32 one: half storage can be computed in float32.
+    """
+    gemm = {}
+    sizes = (512, 1024, 1536) if device == "cpu" else (4096, 8192)
+    for dtype in dict.fromkeys((torch.float32, *dtypes)):
+        gemm[dtype] = 0.0
+        for n in sizes:
+            rate = _gemm_rate(n, dtype, device, timer)
+            if rate < gemm[dtype]:
+                break
+            gemm[dtype] = rate
+        gemm[dtype] = max(gemm[dtype], gemm[torch.float32])
+    if device != "cpu":  # the timer empties the cache before every call
+        read = _read_rate(1 << 30, device, timer)
+        return Ceilings(gemm, 0, read, read)
+    cache = _last_level_cache()
+    return Ceilings(gemm, cache, _read_rate(cache // 2, device, timer), _read_rate(8 * cache, device, timer))
+
+
+def _best(timer: CpuTimer | CudaTimer, run: Callable[[], object], seconds: float = 0.15) -> float:
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end or best == float("inf"):
+        best = min(best, timer.slot(run, 1))
+    return best
+
+
+def _gemm_rate(n: int, dtype: torch.dtype, device: str, timer: CpuTimer | CudaTimer) -> float:
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    return 2 * n**3 / _best(timer, lambda: torch.matmul(a, b))
+
+
+def _read_rate(size: int, device: str, timer: CpuTimer | CudaTimer) -> float:
+    buffer = torch.ones(size // 4, device=device)
+    vector = torch.ones(1024, device=device)
+    rows = buffer[: buffer.numel() // 1024 * 1024].view(-1, 1024)
+    reads = (lambda: torch.linalg.vector_norm(buffer), lambda: torch.sum(buffer), lambda: torch.mv(rows, vector))
+    return size / min(_best(timer, read) for read in reads)
+
+
+def _last_level_cache() -> int:
+    """Bytes of the CPU's; where the system does not tell, 8 MB."""
+    sizes = []
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text().strip()
+        sizes.append(int(text[:-1]) << {"K": 10, "M": 20}[text[-1]])
+    return max(sizes, default=8 << 20)
