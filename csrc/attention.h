@@ -6,8 +6,8 @@ namespace gpt4fast {
 
 enum class MaskKind { none, boolean, float32, bfloat16, float16 };
 
-// softmax(softcap(scale * query @ key^T) + mask - slope * |distance|) @ value. B batch, Hq and Hk heads (Hq a multiple of
-// Hk), Lq queries, Lk keys, D and Dv head dimensions. Strides are in elements, in the order of the shape.
+// softmax(softcap(scale * query @ key^T) + mask - slope * |distance|) @ value. B batch, Hq and Hk heads (Hq a multiple
+// of Hk), Lq queries, Lk keys, D and Dv head dimensions. Strides are in elements, in the order of the shape.
 struct AttentionForwardParams {
   const void* query;             // (B, Hq, Lq, D)
   const void* key;               // (B, Hk, Lk, D)

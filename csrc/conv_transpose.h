@@ -6,8 +6,9 @@ namespace gpt4fast {
 
 enum class Activation;  // common/activation.h
 
-// out = activation(scale * (conv_transpose(input, weight) + bias) + shift). One and two dimensions are lifted to three by
-// leading dimensions of size 1. N batch, C and Cout channels, G groups. Strides are in elements, in the order of the shape.
+// out = activation(scale * (conv_transpose(input, weight) + bias) + shift). One and two dimensions are lifted to three
+// by leading dimensions of size 1. N batch, C and Cout channels, G groups. Strides are in elements, in the order of the
+// shape.
 struct ConvTransposeForwardParams {
   const void* input;   // (N, C, D, H, W)
   const void* weight;  // (C, Cout / G, kernel D, H, W), of input's dtype
@@ -17,8 +18,8 @@ struct ConvTransposeForwardParams {
   void* out;           // (N, Cout, out D, H, W), of input's dtype
 
   int64_t batch, in_channels, out_channels, groups;
-  int64_t in_size[3], kernel[3], out_size[3];      // D, H, W
-  int64_t stride[3], padding[3], dilation[3];      // D, H, W
+  int64_t in_size[3], kernel[3], out_size[3];  // D, H, W
+  int64_t stride[3], padding[3], dilation[3];  // D, H, W
   int64_t input_strides[5], weight_strides[5], out_strides[5];
 
   Activation activation;

@@ -1,8 +1,8 @@
 #pragma once
 
 // Transposed convolution by phases: the outputs whose positions are equal modulo the stride take the same taps of the
-// kernel from neighbouring inputs, so each phase is an ordinary small convolution and no product with an inserted zero is
-// ever formed. This header has the taps of an output position and the inner loops over channels.
+// kernel from neighbouring inputs, so each phase is an ordinary small convolution and no product with an inserted zero
+// is ever formed. This header has the taps of an output position and the inner loops over channels.
 
 #include <algorithm>
 #include <cstdint>
@@ -33,7 +33,7 @@ inline Taps taps_of(int64_t out, int64_t kernel, int64_t stride, int64_t padding
   return taps;
 }
 
-inline constexpr int64_t kPositions = 4;                  // output positions of one phase that the inner loops keep in registers
+inline constexpr int64_t kPositions = 4;  // output positions of one phase that the inner loops keep in registers
 inline constexpr int64_t kChannelBlock = 2 * simd::kLanes;  // and output channels
 
 // How the inner loop fills its vectors. Each method adds one tap at kCount positions; position r reads x + r * step.
@@ -144,13 +144,13 @@ void add_tap(int64_t count, float* sums, const float* x, int64_t step, const flo
 
 // One line of outputs along the last dimension, for one image and one block of output channels.
 struct Line {
-  const float* x;         // the image's channels of the block's group: (D, H, W, depth), strides below, channels adjacent
-  int64_t x_strides[3];   // D, H, W
-  const float* weight;    // (kernel D, H, W, weight_step)
-  int64_t weight_step;    // floats of one tap
+  const float* x;  // the image's channels of the block's group: (D, H, W, depth), strides below, channels adjacent
+  int64_t x_strides[3];  // D, H, W
+  const float* weight;   // (kernel D, H, W, weight_step)
+  int64_t weight_step;   // floats of one tap
   int64_t depth;
-  int64_t out[3];         // position of the first output: D, H, W
-  int64_t length;         // outputs along W
+  int64_t out[3];  // position of the first output: D, H, W
+  int64_t length;  // outputs along W
 };
 
 // line: (length, Loop::kChannels). shape: a ConvTransposeForwardParams.

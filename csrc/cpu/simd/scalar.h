@@ -6,8 +6,8 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
-// The level that every processor has. Four lanes in the vector notation that GCC and Clang share; the compiler lowers it
-// to what the target's baseline offers (SSE2, NEON, or four scalars), so nothing here names an instruction set.
+// The level that every processor has. Four lanes in the vector notation that GCC and Clang share; the compiler lowers
+// it to what the target's baseline offers (SSE2, NEON, or four scalars), so nothing here names an instruction set.
 namespace gpt4fast::simd {
 
 using Vector = float __attribute__((vector_size(16)));
@@ -17,9 +17,13 @@ using ShortVector = uint16_t __attribute__((vector_size(8)));
 
 inline constexpr int64_t kLanes = 4;
 
-inline constexpr int64_t round_up(int64_t size) { return (size + kLanes - 1) / kLanes * kLanes; }
+inline constexpr int64_t round_up(int64_t size) {
+  return (size + kLanes - 1) / kLanes * kLanes;
+}
 
-inline Vector broadcast(float value) { return Vector{value, value, value, value}; }
+inline Vector broadcast(float value) {
+  return Vector{value, value, value, value};
+}
 
 // Casts between vector types of one size keep the bits.
 inline Vector select(IntVector condition, Vector yes, Vector no) {
@@ -41,7 +45,7 @@ inline Vector load(const torch::headeronly::BFloat16* source) {
 inline Vector load(const torch::headeronly::Half* source) {
   ShortVector bits;
   std::memcpy(&bits, source, sizeof(bits));
-  const IntVector half = (IntVector)__builtin_convertvector(bits, UintVector);
+  const IntVector half = (IntVector) __builtin_convertvector(bits, UintVector);
   const IntVector sign = (half & 0x8000) << 16;
   const IntVector magnitude = (half & 0x7fff) << 13;
   // Moves the exponent from bias 15 to bias 127. Infinity and NaN need the same step once more; subnormal numbers are
@@ -51,13 +55,21 @@ inline Vector load(const torch::headeronly::Half* source) {
   return (Vector)((IntVector)select(magnitude < (1 << 23), subnormal, (Vector)normal) | sign);
 }
 
-inline void store(float* target, Vector value) { std::memcpy(target, &value, sizeof(value)); }
+inline void store(float* target, Vector value) {
+  std::memcpy(target, &value, sizeof(value));
+}
 
-inline Vector multiply_add(Vector a, Vector b, Vector c) { return a * b + c; }
+inline Vector multiply_add(Vector a, Vector b, Vector c) {
+  return a * b + c;
+}
 
-inline Vector maximum(Vector a, Vector b) { return select((IntVector)(b > a), b, a); }
+inline Vector maximum(Vector a, Vector b) {
+  return select((IntVector)(b > a), b, a);
+}
 
-inline float sum(Vector value) { return (value[0] + value[2]) + (value[1] + value[3]); }
+inline float sum(Vector value) {
+  return (value[0] + value[2]) + (value[1] + value[3]);
+}
 
 inline float largest(Vector value) {
   const float low = value[0] > value[1] ? value[0] : value[1];
