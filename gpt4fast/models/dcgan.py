@@ -129,7 +129,7 @@ def check_latent(z: Tensor, latent_dim: int) -> None:
 
 
 def init_he(model: nn.Module) -> None:
-    """He's initial values (2015): each layer passes on the variance it gets through a rectifier; the last, which has none, too.
+    """He's initial values (2015): every layer passes on the variance that it gets.
 
     The DCGAN paper's N(0, 0.02) relies on a batch norm behind every layer; without one the discriminator's logits begin
     a thousand times too small. TensorFlow's default, the WaveGAN paper's, fades a hundredfold in five layers.

@@ -33,7 +33,7 @@ def style(request) -> GPTConfig:
 
 @pytest.fixture
 def randomize():
-    """Makes every parameter matter: fresh norms are ones, fresh biases zeros, and fresh weights so small that most terms vanish."""
+    """Makes every parameter matter: fresh norms are ones, fresh biases zeros, fresh weights too small to show a slip."""
 
     def apply(model):
         with torch.no_grad():
