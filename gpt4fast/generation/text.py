@@ -1,14 +1,16 @@
-"""Text from a model, one token at a time; a GPT and an encoder-decoder keep a key-value cache."""
+"""Text from a model, one token at a time, with a key-value cache."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
 import torch
 
 from gpt4fast.generation.sampling import Sampling
-from gpt4fast.models import GPT, Encoder, EncoderDecoder
+from gpt4fast.models import GPT, Encoder, EncoderDecoder, GPTConfig
+from gpt4fast.models.layers import TransformerConfig
 
 if TYPE_CHECKING:
     from gpt4fast.data.tokenizer import Tokenizer
@@ -37,8 +39,8 @@ def generate(
 
     A GPT goes on from `input_ids` (batch, length); an EncoderDecoder reads them with its encoder and its decoder starts
     from `bos_id`. Rows of different length are padded on the left (GPT) or on either side (EncoderDecoder), with
-    `attention_mask` (batch, length) True at real tokens. An Encoder, trained on the next token, goes on like a GPT but
-    reads everything anew for each token. A row ends with `eos_id`, which it keeps, or where
+    `attention_mask` (batch, length) True at real tokens. An Encoder goes on like a GPT, with the
+    head that it has for `is_causal=True`. A row ends with `eos_id`, which it keeps, or where
     `stop(new ids of the row)` says so; it is then filled with `pad_id`, and all stop when the last row has ended.
 
     temperature, top_k, top_p, min_p, repetition_penalty: see `Sampling`; applied in the order penalty, temperature,
@@ -130,16 +132,12 @@ def _start_encoder_decoder(model: EncoderDecoder, input_ids, attention_mask, max
 
 
 def _start_encoder(model: Encoder, input_ids, attention_mask, max_new_tokens, bos_id):
-    ids, mask = input_ids, attention_mask
-
-    def step(token):
-        nonlocal ids, mask
-        ids = torch.cat([ids, token[:, None]], dim=1)
-        mask = None if mask is None else torch.nn.functional.pad(mask, (0, 1), value=True)
-        return model(ids, attention_mask=mask, is_causal=True).logits[:, -1]
-
-    logits = model(ids, attention_mask=mask, is_causal=True).logits[:, -1]
-    return logits, step, _seen(logits.shape[-1], input_ids, attention_mask)
+    # Read causally, an encoder is a GPT with the same weights: this one shares them, and brings the cache.
+    config = GPTConfig(**{f.name: getattr(model.config, f.name) for f in fields(TransformerConfig)})
+    with torch.device("meta"):
+        gpt = GPT(config).eval()
+    gpt.stack, gpt.head.weight = model.stack, model.head.weight
+    return _start_gpt(gpt, input_ids, attention_mask, max_new_tokens, bos_id)
 
 
 _STARTS = {GPT: _start_gpt, EncoderDecoder: _start_encoder_decoder, Encoder: _start_encoder}

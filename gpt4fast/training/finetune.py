@@ -166,8 +166,8 @@ def finetune_decoder(
         discriminator.requires_grad_(True)
         fooling = F.softplus(-score).mean()
         matching = (features.mean(0) - wanted.mean(0)).square().mean()
-        metrics |= {"critic": float(critic), "critic_accuracy": accuracy}
-        metrics |= {"adversarial": float(fooling), "features": float(matching)}
+        metrics |= {"critic": float(critic.detach()), "critic_accuracy": accuracy}
+        metrics |= {"adversarial": float(fooling.detach()), "features": float(matching.detach())}
         return (adversarial_weight * fooling if accuracy > 0.5 else 0) + feature_weight * matching
 
     def train_step(step: int) -> dict[str, float]:
@@ -177,7 +177,7 @@ def finetune_decoder(
         source, target = real_batch(continue_rows)
         hidden, logits = read(source, target)
         loss = continuation = token_cross_entropy(logits, target[:, 1:].to(device))
-        metrics = {"continuation": float(continuation)}
+        metrics = {"continuation": float(continuation.detach())}
         if gap_rows:
             ids = begin(windows(token_ids, gap_rows, context))
             if adversarial_now:
@@ -187,13 +187,17 @@ def finetune_decoder(
                 ids[:own, 0] = tokenizer.generated_id
             gapped, mask, decoder_input, labels = (t.to(device) for t in gap_filling(ids, tokenizer))
             gaps = token_cross_entropy(model(gapped, decoder_input, attention_mask=mask).logits, labels)
-            metrics["gaps"] = float(gaps)
+            metrics["gaps"] = float(gaps.detach())
             loss = loss + gap_rows / continue_rows * gaps
         if adversarial_now and (step - first_adversarial) % adversarial_every == 0:
             loss = loss + adversarial_losses(hidden, metrics)
         loss.backward()
         rate = lr * warmup_cosine(step, steps)
-        metrics |= {"loss": float(loss), "lr": rate, "grad_norm": clipped_step(optimizers.values(), rate, max_norm)}
+        metrics |= {
+            "loss": float(loss.detach()),
+            "lr": rate,
+            "grad_norm": clipped_step(optimizers.values(), rate, max_norm),
+        }
         if validation_ids is not None and ((step + 1) % validate_every == 0 or step + 1 == steps):
             metrics["validation_loss"] = continuation_loss(model, validation_ids, tokenizer, context, length)
         return metrics

@@ -64,7 +64,8 @@ def pretrain_encoder(
     back-translation, Caswell et al. 2019). generated_rows=0 trains on real text alone.
 
     History: "loss", "masked", "next", "infill", "grad_norm", "lr"; every `validate_every` steps and at the end
-    "validation_loss", next-token nats per token on `validation_ids`. Muon and AdamW (`make_optimizers`), warm-up, cosine, gradients clipped at `max_norm`.
+    "validation_loss", next-token nats per token on `validation_ids`. Optimizers: `make_optimizers`; the learning rate
+    warms up and falls as a cosine, gradients are clipped at `max_norm`.
 
     Raises ValueError for an argument out of range, FloatingPointError where training diverges.
     """
@@ -115,7 +116,8 @@ def pretrain_encoder(
         loss = sum(mix[name] / rows * value for name, value in losses.items())
         loss.backward()
         rate = lr * warmup_cosine(step, steps)
-        metrics = {"loss": float(loss), **{name: float(value) for name, value in losses.items()}, "lr": rate}
+        metrics = {"loss": float(loss.detach()), "lr": rate}
+        metrics |= {name: float(value.detach()) for name, value in losses.items()}
         metrics["grad_norm"] = clipped_step(optimizers.values(), rate, max_norm)
         if validation_ids is not None and ((step + 1) % validate_every == 0 or step + 1 == steps):
             metrics["validation_loss"] = next_token_loss(encoder, validation_ids, tokenizer, length)

@@ -178,7 +178,7 @@ def test_model_of_another_class_is_refused():
         generate(torch.nn.Linear(2, 2), torch.zeros(1, 3, dtype=torch.long), max_new_tokens=1)
 
 
-# -- Filters against plain Python ---------------------------------------------------------------------------------------
+# -- Filters against plain Python --------------------------------------------------------------------------------------
 
 
 def kept(logits):
@@ -237,7 +237,7 @@ def test_draws_follow_the_distribution():
     assert torch.bincount(tokens, minlength=4).div(20000) == pytest.approx(expected, abs=0.012)
 
 
-# -- Text -----------------------------------------------------------------------------------------------------------------
+# -- Text --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
