@@ -12,19 +12,20 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from gpt4fast.demo import report, steps
+from gpt4fast.demo import media_steps, report, text_steps
 from gpt4fast.demo.bars import bars
+from gpt4fast.demo.run import Run, fact
 from gpt4fast.demo.state import State
 
 FULL_MINUTES = 6.0  # what the presets take on two cores at scale 1
 
-STEPS: dict[str, Callable[[steps.Run], dict]] = {
-    "data": steps.data,
-    "networks": steps.networks,
-    "adversarial": steps.adversarial,
-    "encoder": steps.encoder,
-    "decoder": steps.decoder,
-    "generation": steps.generation,
+STEPS: dict[str, Callable[[Run], dict]] = {
+    "data": media_steps.data,
+    "networks": media_steps.networks,
+    "adversarial": media_steps.adversarial,
+    "encoder": text_steps.encoder,
+    "decoder": text_steps.decoder,
+    "generation": text_steps.generation,
 }
 
 
@@ -49,7 +50,7 @@ def run_demo(output: Path, *, minutes: float, threads: int, seed: int, console: 
             start = time.perf_counter()
             try:
                 with bars(console) as track:
-                    result = step(steps.Run(output, minutes / FULL_MINUTES, seed, state, track))
+                    result = step(Run(output, minutes / FULL_MINUTES, seed, track))
             except KeyboardInterrupt:
                 state.interrupt(name, time.perf_counter() - start)
                 raise
@@ -97,14 +98,14 @@ def _summary(output: Path, state: State, threads: int, seed: int) -> dict:
     }  # fmt: skip
     return {
         "tiles": [
-            steps.fact("From nothing to this page", report.duration(total), note=f"{threads} CPU threads, no GPU used"),
+            fact("From nothing to this page", report.duration(total), note=f"{threads} CPU threads, no GPU used"),
             results["adversarial"]["tile"],
-            results["decoder"]["tile"],
-            steps.fact("Largest speed-up over plain PyTorch here", f"{best['ratio']:.2f}×", note=best["what"]),
+            results["generation"]["tile"],
+            fact("Largest speed-up over plain PyTorch here", f"{best['ratio']:.2f}×", note=best["what"]),
         ],
         "commands": "\n".join(
             [
-                f"gpt4fast generate text  {output} --prompt 'ROMEO:' --temperature 0.8",
+                f"gpt4fast generate text  {output} --prompt 'ROMEO.' --temperature 0.8",
                 f"gpt4fast generate image {output} --count 100",
                 f"gpt4fast generate audio {output} --count 8",
                 f"gpt4fast generate video {output}",

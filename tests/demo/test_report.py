@@ -17,7 +17,7 @@ from PIL import Image
 
 from gpt4fast.data import write_wav
 from gpt4fast.demo import charts, media, report
-from gpt4fast.demo.steps import fact, figure
+from gpt4fast.demo.run import fact, figure
 
 
 def _speed(what, ratio, low, high):
@@ -61,7 +61,7 @@ def content(tmp_path):
         "decoder": {**text, "curves": [curve("decoder")]},
         "generation": {
             "texts": [{"prompt": "To be", "text": " or not <b>", "caption": "t"}], "grid": picture, "film": film,
-            "clips": clips, "clips_note": "n", "speed": [],
+            "clips": clips, "clips_note": "n", "facts": [fact("Words", "97", "%")], "speed": [],
         },
     }  # fmt: skip
     return {

@@ -1,56 +1,16 @@
-"""The six steps of the demo. Each takes the run and returns what the report shows of it, as plain JSON values."""
+"""Steps 1 to 3 of the demo: data, and adversarial networks for pictures and sounds."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-
 import torch
 
-from gpt4fast.data import load_digits, load_drums, load_shakespeare, write_wav
-from gpt4fast.demo.bars import Callback
-from gpt4fast.demo.state import State
+from gpt4fast.data import load_digits, load_drums, load_shakespeare
+from gpt4fast.demo.run import Run, figure, save_clips
 from gpt4fast.generation.images import save_image, tile
 
 SPLITS = ("train", "validation", "test")
 GRID = 64  # pictures in a grid
 CLIPS = 8  # sounds side by side
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a step gets: where it works, how long (1 is the full demo), its seed, earlier results, and progress bars."""
-
-    folder: Path
-    scale: float
-    seed: int
-    state: State
-    track: Callable[[str], Callback]
-
-    @property
-    def timing(self) -> float:
-        """Seconds for one timed pair."""
-        return max(0.05, 2.5 * min(1.0, self.scale))
-
-
-def fact(label: str, value: str, unit: str = "", note: str = "") -> dict[str, str]:
-    """One figure of the report with its name, unit and explanation."""
-    return {"label": label, "value": value, "unit": unit, "note": note}
-
-
-def figure(path: str, label: str, caption: str) -> dict[str, str]:
-    """One picture of the report; `path` is relative to the run's folder."""
-    return {"path": path, "label": label, "caption": caption}
-
-
-def _save_clips(folder: Path, where: str, waves: torch.Tensor, labels: list[str], rate: int) -> list[dict[str, str]]:
-    (folder / where).mkdir(parents=True, exist_ok=True)
-    clips = []
-    for i, (wave, label) in enumerate(zip(waves, labels, strict=True)):
-        write_wav(folder / where / f"{i:02d}.wav", wave, rate)
-        clips.append({"path": f"{where}/{i:02d}.wav", "label": label})
-    return clips
 
 
 def data(run: Run) -> dict:
@@ -62,7 +22,7 @@ def data(run: Run) -> dict:
     save_image(tile(images[:GRID], 8), run.folder / "data" / "digits.png", scale=2)
     chosen = torch.linspace(0, len(hits.waves) - 1, CLIPS).long().tolist()  # spread over the names: all kinds of hits
     labels = [hits.names[i].replace("_", " ") for i in chosen]
-    clips = _save_clips(run.folder, "data/drums", hits.waves[chosen], labels, hits.sample_rate)
+    clips = save_clips(run.folder, "data/drums", hits.waves[chosen], labels, hits.sample_rate)
     samples = hits.waves.shape[1]
 
     def counts(parts: dict) -> dict[str, str]:
