@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gpt4fast.data.images import resize
@@ -32,7 +33,10 @@ class Drums(NamedTuple):
 
 
 def load_digits(split: str = "train", size: int = 8) -> Digits:
-    """1,797 handwritten digits of 8×8 pixels (UCI, through scikit-learn), resized smoothly to `size`."""
+    """1,797 handwritten digits of 8×8 pixels (UCI, through scikit-learn).
+
+    Other sizes than 8 are resized smoothly, with a margin: in 8×8 pixels many digits touch the edge.
+    """
     import numpy
 
     check_split(split)
@@ -40,7 +44,9 @@ def load_digits(split: str = "train", size: int = 8) -> Digits:
         images, labels = torch.from_numpy(file["images"]), torch.from_numpy(file["labels"])
     chosen = split_indices(len(images))[split]
     images = images[chosen].unsqueeze(1).float() / 8 - 1
-    return Digits(images if size == 8 else resize(images, size), labels[chosen].long())
+    if size != 8:
+        images = resize(F.pad(images, (1, 1, 1, 1), value=-1), size)
+    return Digits(images, labels[chosen].long())
 
 
 def load_shakespeare(split: str = "train") -> str:

@@ -72,11 +72,14 @@ class DCGANGenerator(Pretrained, nn.Module):
         super().__init__()
         self.config = config
         self.stem = nn.Sequential()
+        norm = config.generator_norm
         if config.stem == "tutorial":
             widths = [config.latent_dim, *STEM_WIDTHS, config.latent_dim]
             for before, after in pairwise(widths):
-                self.stem.extend([nn.Linear(before, after), nn.ReLU()])
-        widths, norm = config.widths, config.generator_norm
+                # Without batch norm the linear layers learn to ignore the noise, and all images become one.
+                norms = [nn.BatchNorm1d(after)] if norm == "batch" else []
+                self.stem.extend([nn.Linear(before, after), *norms, nn.ReLU()])
+        widths = config.widths
         bias = norm is None  # batch norm takes any bias out again
         self.layers = nn.Sequential(
             ConvTranspose2d(config.latent_dim, widths[0], 4, bias=bias, norm=norm, activation="relu")
