@@ -34,3 +34,6 @@ def bars(console: Console) -> Iterator[Callable[[str], Callback]]:
             return callback
 
         yield track
+        for task in progress.tasks:
+            if not task.finished:  # a phase that a run before this one had finished already
+                progress.update(task.id, total=1, completed=1)

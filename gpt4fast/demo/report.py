@@ -72,7 +72,9 @@ def speed_rows(content: dict) -> list[dict]:
 
 
 def verdict(row: dict) -> str:
-    """ "win" or "loss" where at least four of five pairs agree, else "even"."""
+    """ "win" or "loss" where four of five pairs agree, else "even"; "even" also if both ran the same kernels."""
+    if row.get("same"):
+        return "even"
     if row["low"] > 1.02:
         return "win"
     return "loss" if row["high"] < 0.98 else "even"
@@ -98,6 +100,7 @@ def _speed_row(row: dict) -> dict:
         "ratio": f"{row['ratio']:.2f}× {word}" if word != "slower" else f"{row['ratio']:.2f}×, slower",
         "spread": f"({row['low']:.2f} to {row['high']:.2f}, {row['turns']} turns)",
         "verdict": verdict(row),
+        "implementation": row["implementation"] + (", the same kernels on both sides" if row.get("same") else ""),
         "bar_left": round(50 + min(0.0, length), 1),
         "bar_width": round(max(abs(length), 0.8), 1),
     }

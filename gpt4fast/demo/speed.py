@@ -96,7 +96,10 @@ def training_step(
 
 
 def attention_model(what: str, detail: str, run: Callable[[], Tensor], tokens: int, seconds: float) -> dict:
-    """The row of a Transformer: attention by F.scaled_dot_product_attention against gpt4fast's choice."""
+    """The row of a Transformer: attention by F.scaled_dot_product_attention against gpt4fast's choice.
+
+    Where that choice is torch's kernel, both sides are the same program, and the row says so: "same".
+    """
 
     def plain() -> Tensor:
         with plain_torch():
@@ -104,7 +107,10 @@ def attention_model(what: str, detail: str, run: Callable[[], Tensor], tokens: i
 
     check_close(what, plain(), run())
     times = paired(plain, run, work=tokens, seconds=seconds)
-    return {"what": what, "detail": detail, "unit": "tokens/s", "implementation": what_runs(run), **times}
+    ran = what_runs(run)
+    with plain_torch():
+        same = ran == what_runs(run)
+    return {"what": what, "detail": detail, "unit": "tokens/s", "implementation": ran, "same": same, **times}
 
 
 def decoding(

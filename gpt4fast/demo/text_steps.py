@@ -31,7 +31,7 @@ SOUNDS = 16
 
 @torch.inference_mode()
 def _fill_gaps(encoder: Encoder, tokenizer: Tokenizer, ids: torch.Tensor, length: int) -> dict:
-    """How often the encoder guesses masked tokens of held-out text, and how often the commonest token would be right."""
+    """How often the encoder guesses masked tokens of held-out text, and how often the commonest token is right."""
     rows = ids[: len(ids) // length * length].view(-1, length)[:64].clone()
     rows[:, 0] = tokenizer.bos_id
     with torch.random.fork_rng(devices=[]):
@@ -47,7 +47,9 @@ def _fill_gaps(encoder: Encoder, tokenizer: Tokenizer, ids: torch.Tensor, length
         pieces: list[dict[str, str]] = []
         for token, gap, guess in zip(rows[row, 1:], hidden[row, 1:], guesses[row, 1:], strict=True):
             kind = "" if not gap else "ins" if token == guess else "del"
-            pieces.append({"kind": kind, "text": tokenizer.decode(guess[None] if gap else token[None])})
+            text = tokenizer.decode(guess[None] if gap else token[None])
+            # a guessed line break would be an underline of nothing
+            pieces.append({"kind": kind, "text": text.replace("\n", "⏎\n") if gap else text})
         examples.append(pieces)
     return {"right": right, "commonest": commonest, "examples": examples}
 
@@ -120,7 +122,8 @@ def decoder(run: Run) -> dict:
         "curves": [
             curve("decoder-losses", history, {"continuation": "continue", "gaps": "fill gaps"},
                    "Learning to write",
-                   "The decoder starts as a copy of the encoder, so it does not start from nothing. Faint: every step; strong: its moving average.", "loss, nats per token"),
+                   "The decoder starts as a copy of the encoder, so it does not start from nothing. Faint: every "
+                   "step; strong: its moving average.", "loss, nats per token"),
             curve("decoder-critic", history, {"critic": "discriminator", "adversarial": "decoder"},
                    "The discriminator's half",
                    "It tells hidden states of reading real text from those of reading the decoder's own. Near the "
@@ -134,7 +137,7 @@ def decoder(run: Run) -> dict:
 
 
 def generation(run: Run) -> dict:
-    """Step 6: text, a picture grid, sounds and a video from what was trained; decoding timed with and without a cache."""
+    """Step 6: text, pictures, sounds and a video from what was trained; decoding timed with and without a cache."""
     folder, made = run.folder, run.folder / "generated"
     images = DCGANGenerator.from_pretrained(folder / "digits" / "generator")
     sounds = WaveGANGenerator.from_pretrained(folder / "drums" / "generator")

@@ -21,6 +21,7 @@ from gpt4fast.models import (
     DCGANConfig,
     DCGANDiscriminator,
     DCGANGenerator,
+    Encoder,
     EncoderConfig,
     EncoderDecoder,
     EncoderDecoderConfig,
@@ -135,6 +136,14 @@ def test_rows_of_the_speed_table():
         assert row["ratio"] == pytest.approx(row["fast"] / row["plain"])
         assert row["implementation"]
     assert rows[3]["implementation"].startswith("key-value cache; attention: ")
+
+
+@pytest.mark.parametrize(("impl", "same"), [("torch", True), ("reference", False)])
+def test_same_kernels_are_noticed(monkeypatch, impl, same):
+    monkeypatch.setenv("GPT4FAST_IMPL", impl)
+    encoder = Encoder(EncoderConfig(vocab_size=40, max_length=32, num_layers=1, num_heads=2, embed_dim=16))
+    ids = torch.randint(6, 40, (2, 8))
+    assert speed.attention_model("e", "d", lambda: encoder(ids).logits.detach(), 16, 0.0)["same"] is same
 
 
 def test_a_wrong_cache_is_never_timed(monkeypatch):

@@ -124,6 +124,12 @@ def test_report_has_every_section_and_needs_nothing_else(tmp_path, content):
     assert "not affiliated with OpenAI" in text
 
 
+def test_the_same_kernels_on_both_sides_are_no_win():
+    row = {**_speed("x", 1.5, 1.4, 1.6), "same": True}
+    assert report.verdict(row) == "even"
+    assert report._speed_row(row)["implementation"].endswith("the same kernels on both sides")
+
+
 def test_losses_are_shown_as_losses(tmp_path, content):
     html = report.write_report(tmp_path, content).read_text(encoding="utf-8")
     assert "2.00× faster" in html
