@@ -122,36 +122,48 @@ def _verdict(row: dict) -> str:
     return "win" if row["ratio"] > 1 else "loss"
 
 
+def label(row: dict) -> str:
+    short = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+    return f"{row['cell']} {short[row['dtype']]}"
+
+
 def print_table(rows: Sequence[dict], title: str, console=None) -> None:
+    """One line for gpt4fast on each cell, below it one for each other candidate but torch."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", box=None, padding=(0, 1), header_style="bold")
-    for column in ("cell", "dtype", "candidate", "runs on"):
-        table.add_column(column, overflow="fold")
-    for column in ("ms", "p20 to p80", "× torch", "of floor", "error"):
+    console = console or Console()
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0), header_style="bold")
+    wide = console.width >= 96
+    table.add_column("milliseconds", overflow="fold")
+    for column in ("torch", "ours", "× torch", *(("p20 to p80",) if wide else ()), "floor"):
         table.add_column(column, justify="right", no_wrap=True)
-    before = None
-    for row in rows:
-        cell = (row["cell"], row["dtype"])
-        if before is not None and cell != before:
-            table.add_section()
-        names = cell if cell != before else ("", "")
-        before = cell
-        candidate = row["candidate"] + (f" ({row['layout']})" if row["layout"] else "")
-        error = "" if row["error"] is None else f"{row['error']:.0e}"
-        if row["median_ms"] is None:
-            table.add_row(*names, candidate, row["status"], "", "", "", "", error, style="red")
+    table.add_column("runs on", overflow="fold")
+    torch_ms = {label(row): row["median_ms"] for row in rows if row["candidate"] == BASELINE}
+    # a stable sort: cells in their order, in each gpt4fast's own choice first
+    first = {label(row): i for i, row in reversed(list(enumerate(rows)))}
+    for row in sorted(rows, key=lambda row: (first[label(row)], row["candidate"] != SUBJECT)):
+        if row["candidate"] == BASELINE:
             continue
-        ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
-        if row["candidate"].startswith(SUBJECT) and row["ratio"] is not None:
-            colour = {"win": "green", "tie": "default", "loss": "red"}[_verdict(row)]
-            ratio = f"[{colour}]{ratio}[/{colour}]"
-        spread = f"{_figure(row['p20_ms'])} to {_figure(row['p80_ms'])}"
+        own = row["candidate"] == SUBJECT
+        name = label(row) if own else f"  {row['candidate']}"
+        baseline = torch_ms.get(label(row)) if own else None
+        cells = [name, "" if baseline is None else _figure(baseline)]
+        if row["median_ms"] is None:
+            table.add_row(*cells, "", "", *([""] if wide else []), "", row["status"], style="red")
+            continue
         noisy = "*" if row["noisy_slots"] > row["turns"] / 4 else ""
-        table.add_row(*names, candidate, row["implementation"], _figure(row["median_ms"]) + noisy, spread, ratio,
-                      f"{row['share']:.0%}", error)  # fmt: skip
-    (console or Console()).print(table)
+        cells.append(noisy + _figure(row["median_ms"]))
+        style = "" if own else "dim"
+        if row["ratio"] is None:
+            cells += [""] * (2 if wide else 1)
+        else:
+            colour = {"win": "green", "tie": "default", "loss": "red"}[_verdict(row)] if own else "default"
+            cells.append(f"[{colour}]{row['ratio']:.2f}[/{colour}]")
+            if wide:
+                cells.append(f"{row['ratio_p20']:.2f} to {row['ratio_p80']:.2f}")
+        table.add_row(*cells, f"{row['share']:.0%}", row["implementation"], style=style)
+    console.print(table)
 
 
 def summary(rows: Sequence[dict]) -> str:
@@ -186,8 +198,9 @@ def draw_chart(path: Path, rows: Sequence[dict], title: str, note: str) -> None:
     figure = Figure(figsize=(9.5, 1.9 + 0.34 * len(own)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    ratios = [row["ratio"] for row in rows if row["ratio"] is not None] or [1.0]
-    low, high = min(0.7, min(ratios) / 1.5), max(1.5, max(ratios) * 1.5)
+    ratios = [row[key] for row in rows for key in ("ratio", "ratio_p20", "ratio_p80") if row[key] is not None] or [1.0]
+    low, high = min(0.7, min(ratios) / 1.1), max(1.5, max(ratios) * 1.1)
+    at_the_right = {"transform": axes.get_yaxis_transform(), "va": "center", "fontsize": 9, "fontweight": "bold"}
     marks = dict(zip(others, "oDsv^P*X", strict=False))
     for y, row in enumerate(own):
         if row["ratio"] is None:
@@ -197,22 +210,17 @@ def draw_chart(path: Path, rows: Sequence[dict], title: str, note: str) -> None:
         else:
             axes.barh(y, row["ratio"] - 1, left=1, height=0.64, color=COLOURS[_verdict(row)], zorder=2)
             axes.plot([row["ratio_p20"], row["ratio_p80"]], [y, y], color="black", lw=1, alpha=0.6, zorder=3)
-            outward = row["ratio"] >= 1
-            end = (max if outward else min)(row["ratio"], row["ratio_p80" if outward else "ratio_p20"])
-            axes.annotate(f"{row['ratio']:.2f}×", (end, y), (4 if outward else -4, 0), textcoords="offset points",
-                          va="center", ha="left" if outward else "right", fontsize=9)  # fmt: skip
-        same = [other for other in rows if (other["cell"], other["dtype"]) == (row["cell"], row["dtype"])]
-        for other in same:
+            axes.text(1.01, y, f"{row['ratio']:.2f}×", color=COLOURS[_verdict(row)], **at_the_right)
+        for other in (other for other in rows if label(other) == label(row)):
             if other["candidate"] in marks and other["ratio"] is not None:
                 axes.plot(other["ratio"], y, marks[other["candidate"]], ms=5, mfc="white", mec="#3b5b92", zorder=4)
-    short = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-    labels = [f"{row['cell']}  {short[row['dtype']]}" for row in own]
-    axes.set_yticks(range(len(own)), labels, fontsize=9)
+    axes.set_yticks(range(len(own)), [label(row) for row in own], fontsize=9)
     axes.set_ylim(len(own) - 0.4, -0.6)
     axes.set_xscale("log", base=2)
     axes.set_xlim(low, high)
-    ticks = [t for t in (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 1.5, 2, 3, 4, 6, 8, 16, 32) if low <= t <= high]
-    axes.set_xticks(ticks, [f"{t:g}×" for t in ticks])
+    ticks = [2.0**n for n in range(-10, 11)] if high / low > 16 else [0.25, 0.35, 0.5, 0.7, 1, 1.5, 2, 3, 4, 6]
+    ticks = [t for t in ticks if low <= t <= high]
+    axes.set_xticks(ticks, [f"{t:g}×" if t >= 0.25 else f"1/{1 / t:g}×" for t in ticks])
     axes.minorticks_off()
     axes.axvline(1, color="black", lw=1.2, zorder=3)
     axes.grid(axis="x", color="#e4e4e4", zorder=0)
