@@ -71,16 +71,14 @@ class DCGANGenerator(Pretrained, nn.Module):
     def __init__(self, config: DCGANConfig):
         super().__init__()
         self.config = config
-        self.stem = nn.Sequential()
-        norm = config.generator_norm
-        if config.stem == "tutorial":
-            widths = [config.latent_dim, *STEM_WIDTHS, config.latent_dim]
-            for before, after in pairwise(widths):
-                # Without batch norm the linear layers learn to ignore the noise, and all images become one.
-                norms = [nn.BatchNorm1d(after)] if norm == "batch" else []
-                self.stem.extend([nn.Linear(before, after), *norms, nn.ReLU()])
-        widths = config.widths
+        widths, norm = config.widths, config.generator_norm
         bias = norm is None  # batch norm takes any bias out again
+        self.stem = nn.Sequential()
+        if config.stem == "tutorial":
+            # Without batch norm the linear layers learn to ignore the noise, and all images become one.
+            for before, after in pairwise([config.latent_dim, *STEM_WIDTHS, config.latent_dim]):
+                norms = [] if norm is None else [nn.BatchNorm1d(after)]
+                self.stem.extend([nn.Linear(before, after, bias=bias), *norms, nn.ReLU()])
         self.layers = nn.Sequential(
             ConvTranspose2d(config.latent_dim, widths[0], 4, bias=bias, norm=norm, activation="relu")
         )

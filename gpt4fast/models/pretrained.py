@@ -62,9 +62,8 @@ class Pretrained:
                     f"{folder / name} does not exist; {cls.__name__}.save_pretrained(folder) writes it"
                 )
         config = cls._read_config(folder / CONFIG_FILE)
-        with torch.random.fork_rng(
-            devices=[]
-        ):  # the initial values are thrown away: they must not move the caller's generator
+        # The initial values are thrown away: they must not move the caller's generator.
+        with torch.random.fork_rng(devices=[]):
             model = cls(config)
         try:
             weights = load_file(folder / WEIGHTS_FILE)

@@ -16,7 +16,8 @@ def plain_generator(stem, size, norm="batch", channels=3):
     layers = []
     if stem == "tutorial":
         for before, after in ((100, 256), (256, 512), (512, 784), (784, 100)):
-            layers += [nn.Linear(before, after), *[nn.BatchNorm1d(after)] * (norm == "batch"), nn.ReLU()]
+            layers.append(nn.Linear(before, after, bias=norm is None))
+            layers += [nn.BatchNorm1d(after)] * (norm == "batch") + [nn.ReLU()]
     layers.append(nn.Unflatten(1, (100, 1, 1)))
     before, stride, padding = 100, 1, 0
     for width in WIDTHS[size]:
