@@ -33,7 +33,7 @@ def style(request) -> GPTConfig:
 
 @pytest.fixture
 def randomize():
-    """Makes every parameter matter: fresh norms are ones, fresh biases zeros, fresh weights too small to show a slip."""
+    """Makes every parameter matter: fresh norms are ones, fresh biases zeros, fresh weights too small to tell."""
 
     def apply(model):
         with torch.no_grad():

@@ -121,6 +121,22 @@ def test_loss_is_cross_entropy(model):
     torch.testing.assert_close(output.loss, F.cross_entropy(output.logits.flatten(0, 1), labels.flatten()))
 
 
+def test_initial_values():
+    sizes = {**SMALL, "num_layers": 9, "embed_dim": 128}
+    model = EncoderDecoder(EncoderDecoderConfig(EncoderConfig(**sizes)))
+    encoder, decoder = model.encoder.stack.blocks[4], model.decoder.blocks[4]
+    for weight, std in (
+        (encoder.attention.qkv.weight, 0.02),
+        (encoder.attention.out.weight, 0.02 / 18**0.5),
+        (model.encoder.transform.weight, 0.02),
+        (decoder.cross_attention.key_value.weight, 0.02),
+        (decoder.cross_attention.out.weight, 0.02 / 27**0.5),  # three writers to the stream in each block
+        (decoder.mlp.down.weight, 0.02 / 27**0.5),
+        (model.decoder.tokens.weight, 0.02),
+    ):
+        assert abs(weight.std().item() / std - 1) < 0.06
+
+
 def test_learns_to_copy():
     model = EncoderDecoder(
         EncoderDecoderConfig(EncoderConfig(vocab_size=12, max_length=8, num_layers=1, num_heads=2, embed_dim=32))
