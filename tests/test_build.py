@@ -74,8 +74,9 @@ def test_pure_python_install_works_and_keeps_the_reason(source):
         "print(native.cpu_library_error())\n"
     )
     package = built_package(source)
-    environment = {**os.environ, "PYTHONPATH": str(package.parent)}
-    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(  # python -c looks for modules in the working folder first
+        [sys.executable, "-c", code], cwd=package.parent, capture_output=True, text=True, timeout=120
+    )
     assert result.returncode == 0, result.stderr
     where, info, error = result.stdout.splitlines()
     assert Path(where).parent == package
