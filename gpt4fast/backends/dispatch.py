@@ -22,6 +22,10 @@ from .compiled import conv_transpose as compiled_conv_transpose
 from .reference import attention as reference_attention
 from .reference import conv_transpose as reference_conv_transpose
 
+# Constants, since torch.compile traces through this file.
+CPU_LIBRARY_ERROR = native.cpu_library_error()
+CUDA_LIBRARY_ERROR = native.cuda_library_error()
+
 IMPLEMENTATIONS = ("native", "triton", "cuda", "reference", "torch")
 
 
@@ -97,9 +101,8 @@ def _never(call: dict) -> None:
 
 
 def _native_refusal(tensor: Tensor) -> str | None:
-    error = native.cpu_library_error()
-    if error is not None:
-        return error
+    if CPU_LIBRARY_ERROR is not None:
+        return CPU_LIBRARY_ERROR
     if tensor.device.type != "cpu":
         return f"the native kernels are for CPU tensors, and this one is on {tensor.device}"
     if tensor.dtype == torch.float64:
@@ -135,9 +138,8 @@ def _native_conv_transpose(call: dict) -> str | None:
 
 
 def _cuda_conv_transpose(call: dict) -> str | None:
-    error = native.cuda_library_error()
-    if error is not None:
-        return error
+    if CUDA_LIBRARY_ERROR is not None:
+        return CUDA_LIBRARY_ERROR
     if call["input"].device.type != "cuda":
         return f"the CUDA kernels are for CUDA tensors, and this one is on {call['input'].device}"
     if call["input"].dtype == torch.float64:

@@ -5,6 +5,8 @@ Shapes, throughout: input (N, C, *spatial) with 1 to 3 spatial dimensions, weigh
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -36,7 +38,10 @@ def output_sizes(
 
 
 def memory_format(input: Tensor, weight: Tensor) -> torch.memory_format:
-    """The layout torch gives the output: channels-last when input or weight is."""
+    """Torch's rule for the output's layout: channels-last when input or weight is.
+
+    (Torch's slow 3-D kernel, which serves float16, float64 and small float32 inputs on a CPU, ignores the rule.)
+    """
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(input.dim())
     if last is not None and any(_is_channels_last(t, last) for t in (input, weight)):
         return last
@@ -83,7 +88,7 @@ def conv_transpose(
     # The whole overlap-added canvas; padding then cuts a margin off, and output_padding leaves more of its end.
     channels = weight.shape[1] * groups
     canvas = input.new_zeros(input.shape[0], channels, *(n + 2 * p for n, p in zip(sizes, padding, strict=True)))
-    for tap in torch.cartesian_prod(*(torch.arange(k) for k in kernel)).view(-1, len(kernel)).tolist():
+    for tap in itertools.product(*(range(k) for k in kernel)):
         patch = torch.einsum("ngc...,gco->ngo...", grouped_input, grouped_weight[(..., *tap)]).flatten(1, 2)
         places = tuple(
             slice(t * d, t * d + (n - 1) * s + 1, s)

@@ -1,0 +1,263 @@
+"""``conv_transpose1d/2d/3d`` on every CPU implementation against float64: values, gradients, layouts, edges."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from oracles import CPU_IMPLEMENTATIONS, available, naive_conv_transpose
+from torch.nn import functional as F
+
+import gpt4fast
+from gpt4fast.backends.reference.conv_transpose import ACTIVATIONS
+
+IMPLEMENTATIONS = [pytest.param(name, marks=pytest.mark.skipif(not available(name), reason="not built")) for name in CPU_IMPLEMENTATIONS]
+OPS = {1: gpt4fast.conv_transpose1d, 2: gpt4fast.conv_transpose2d, 3: gpt4fast.conv_transpose3d}
+TORCH = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+
+# name: (batch, C, Cout / groups, sizes, kernel, stride, padding, output_padding, groups, dilation)
+CASES = {
+    "first layer": (2, 10, 7, (1, 1), (4, 4), (1, 1), (0, 0), (0, 0), 1, (1, 1)),
+    "doubling": (2, 5, 6, (5, 3), (4, 4), (2, 2), (1, 1), (0, 0), 1, (1, 1)),
+    "kernel is stride": (1, 3, 9, (4, 5), (2, 2), (2, 2), (0, 0), (0, 0), 1, (1, 1)),
+    "kernel below stride": (1, 2, 3, (4, 3), (2, 1), (3, 2), (0, 0), (1, 1), 1, (1, 1)),
+    "odd": (1, 4, 3, (5, 4), (3, 5), (2, 3), (1, 2), (1, 2), 1, (1, 1)),
+    "dilation": (2, 4, 2, (6, 5), (3, 2), (2, 1), (2, 0), (1, 0), 1, (3, 2)),
+    "groups": (2, 6, 2, (4, 4), (4, 3), (2, 2), (1, 1), (0, 1), 3, (1, 1)),
+    "depthwise": (1, 8, 1, (5, 5), (4, 4), (2, 2), (1, 1), (0, 0), 8, (1, 1)),
+    "padding past the kernel": (1, 2, 2, (9, 9), (1, 2), (1, 1), (3, 2), (0, 0), 1, (1, 1)),
+    "1-D": (2, 6, 5, (11,), (8,), (4,), (2,), (0,), 1, (1,)),
+    "1-D vocoder": (1, 3, 2, (7,), (16,), (8,), (4,), (0,), 1, (1,)),
+    "1-D grouped": (3, 4, 3, (12,), (25,), (4,), (11,), (1,), 2, (1,)),
+    "3-D": (1, 4, 3, (3, 2, 4), (3, 4, 2), (2, 1, 2), (1, 1, 0), (1, 0, 0), 1, (1, 1, 1)),
+    "3-D grouped": (2, 4, 2, (2, 3, 2), (2, 2, 3), (2, 2, 1), (0, 0, 1), (0, 1, 0), 2, (1, 2, 1)),
+}
+
+
+def operands(case, dtype, requires_grad=False):
+    batch, channels, out_per_group, sizes, kernel, *geometry = CASES[case] if isinstance(case, str) else case
+    tensors = [torch.randn(batch, channels, *sizes), torch.randn(channels, out_per_group, *kernel), torch.randn(out_per_group * geometry[3])]
+    return [t.to(dtype).requires_grad_(requires_grad) for t in tensors], geometry
+
+
+def affine(channels, dtype, requires_grad=False):
+    return [(torch.rand(channels) + 0.5).to(dtype).requires_grad_(requires_grad), torch.randn(channels).to(dtype).requires_grad_(requires_grad)]
+
+
+def finish(output, scale, shift, activation, slope=0.01):
+    shape = (-1, *(1,) * (output.dim() - 2))
+    output = output * scale.to(output.dtype).view(shape) + shift.to(output.dtype).view(shape)
+    return output if activation is None else ACTIVATIONS[activation](output, slope)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_reference_is_the_definition(case):
+    (input, weight, bias), geometry = operands(case, torch.float64)
+    got = OPS[input.dim() - 2](input, weight, bias, *geometry, impl="reference")
+    torch.testing.assert_close(got, naive_conv_transpose(input, weight, bias, *geometry))
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_values(impl, case, dtype):
+    """With and without the epilogue; the error is at most twice torch's in the same dtype, plus one rounding."""
+    if impl == "native" and dtype == torch.float64:
+        pytest.skip("float64 runs on the reference")
+    (input, weight, bias), geometry = operands(case, dtype)
+    op, torchs = OPS[input.dim() - 2], TORCH[input.dim() - 2]
+    exact = torchs(input.double(), weight.double(), bias.double(), *geometry)
+    rounding = torch.finfo(dtype).eps * exact.abs().max().item()
+    bound = 2 * (torchs(input, weight, bias, *geometry).double() - exact).abs().max().item() + rounding
+    got = op(input, weight, bias, *geometry, impl=impl)
+    assert got.dtype == dtype and got.shape == exact.shape
+    assert (got.double() - exact).abs().max().item() <= bound
+    scale, shift = affine(exact.shape[1], dtype)
+    finished = op(input, weight, bias, *geometry, scale=scale, shift=shift, activation="silu", impl=impl)
+    truth = finish(exact, scale, shift, "silu")
+    assert (finished.double() - truth).abs().max().item() <= 1.6 * bound + 4 * torch.finfo(dtype).eps * truth.abs().max().item()
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
+@pytest.mark.parametrize("given_affine", ["bias", "scale", "shift", "all", "none"])
+def test_epilogue(impl, activation, given_affine):
+    (input, weight, bias), geometry = operands("doubling", torch.float32)
+    scale, shift = affine(6, torch.float32)
+    kwargs = {"bias": bias, "scale": scale, "shift": shift}
+    if given_affine != "all":
+        kwargs = {given_affine: kwargs[given_affine]} if given_affine != "none" else {}
+    stride, padding, output_padding, groups, dilation = geometry
+    got = gpt4fast.conv_transpose2d(
+        input, weight, kwargs.pop("bias", None), stride, padding, output_padding, groups, dilation, **kwargs,
+        activation=activation, negative_slope=0.2, impl=impl,
+    )  # fmt: skip
+    exact = F.conv_transpose2d(input.double(), weight.double(), bias.double() if given_affine in ("bias", "all") else None, *geometry)
+    exact = finish(exact, kwargs.get("scale", torch.ones(6)), kwargs.get("shift", torch.zeros(6)), activation, 0.2)
+    torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("case", ["doubling", "groups", "dilation", "1-D", "3-D grouped"])
+@pytest.mark.parametrize("activation", [None, "leaky_relu", "tanh", "gelu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients(impl, case, activation, dtype):
+    """First and second gradients of all five tensors against torch in float64."""
+    inputs, geometry = operands(case, dtype, requires_grad=True)
+    inputs += affine(inputs[2].shape[0], dtype, requires_grad=True)
+    op, torchs = OPS[inputs[0].dim() - 2], TORCH[inputs[0].dim() - 2]
+
+    def derivatives(compute, inputs):
+        output = compute(*inputs)
+        first = torch.autograd.grad(output.square().sum(), inputs, create_graph=True)
+        return [*first, *torch.autograd.grad(sum(g.square().sum() for g in first[:2]), inputs, allow_unused=True)]
+
+    def ours(input, weight, bias, scale, shift):
+        return op(input, weight, bias, *geometry, scale=scale, shift=shift, activation=activation, impl=impl)
+
+    def theirs(input, weight, bias, scale, shift):
+        return finish(torchs(input, weight, bias, *geometry), scale, shift, activation)
+
+    exact = derivatives(theirs, [t.detach().double().requires_grad_() for t in inputs])
+    tolerance = 2e-4 if dtype == torch.float32 else 0.15
+    for got, truth in zip(derivatives(ours, inputs), exact, strict=True):
+        assert (got.double() - truth).abs().max() <= tolerance * max(1, truth.abs().max())
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+@pytest.mark.parametrize("case", ["odd", "groups", "1-D"])
+def test_gradcheck(impl, case):
+    _, _, out, sizes, *rest = CASES[case]
+    groups = rest[4]
+    tiny = (1, groups, min(out, 2), tuple(min(n, 2) for n in sizes), *rest)
+    inputs, geometry = operands(tiny, torch.float64, requires_grad=True)
+    inputs += affine(inputs[2].shape[0], torch.float64, requires_grad=True)
+
+    def run(input, weight, bias, scale, shift):
+        op = OPS[input.dim() - 2]
+        return op(input, weight, bias, *geometry, scale=scale, shift=shift, activation="tanh", impl=impl)
+
+    assert torch.autograd.gradcheck(run, inputs)
+    assert torch.autograd.gradgradcheck(run, inputs)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("last", ["neither", "input", "weight", "both"])
+def test_layout_follows_torch(impl, dims, last):
+    # In 3-D, torch's slow kernel for small inputs ignores the rule; a batch of two goes to its fast one.
+    (input, weight, bias), geometry = operands("doubling" if dims == 2 else "3-D grouped", torch.float32)
+    channels_last = torch.channels_last if dims == 2 else torch.channels_last_3d
+    if last in ("input", "both"):
+        input = input.contiguous(memory_format=channels_last)
+    if last in ("weight", "both"):
+        weight = weight.contiguous(memory_format=channels_last)
+    expected = TORCH[dims](input, weight, bias, *geometry)
+    got = OPS[dims](input, weight, bias, *geometry, activation="relu", impl=impl)
+    assert got.stride() == expected.stride()
+    torch.testing.assert_close(got, expected.relu(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_strides(impl):
+    """Transposed, expanded, sliced and misaligned storage."""
+    (input, weight, bias), geometry = operands("doubling", torch.float32)
+    misaligned = torch.randn(input.numel() + 1)[1:].view(input.shape)
+    for odd in (misaligned, input.transpose(2, 3), input[:, :, ::2, 1:], input[:1].expand(3, 5, 5, 3), input.flip(0)[1:]):
+        expected = F.conv_transpose2d(odd.double(), weight.double(), bias.double(), *geometry)
+        torch.testing.assert_close(gpt4fast.conv_transpose2d(odd, weight, bias, *geometry, impl=impl).double(), expected, rtol=1e-4, atol=1e-4)
+    wide = torch.randn(6, 5, 4, 4).transpose(0, 1)
+    expected = F.conv_transpose2d(input.double(), wide.double(), None, *geometry)
+    torch.testing.assert_close(gpt4fast.conv_transpose2d(input, wide, None, *geometry, impl=impl).double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_unbatched_and_empty_batch(impl):
+    (input, weight, bias), geometry = operands("doubling", torch.float32)
+    expected = F.conv_transpose2d(input, weight, bias, *geometry)
+    torch.testing.assert_close(gpt4fast.conv_transpose2d(input[1], weight, bias, *geometry, impl=impl), expected[1], rtol=1e-4, atol=1e-5)
+    empty = gpt4fast.conv_transpose2d(input[:0], weight, bias, *geometry, activation="gelu", impl=impl)
+    assert empty.shape == expected[:0].shape
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_nan_and_inf_stay_where_they_belong(impl):
+    """A NaN input reaches the outputs its patch covers, and no other."""
+    input, weight = torch.zeros(1, 1, 6), torch.ones(1, 1, 3)
+    input[0, 0, 2] = float("nan")
+    got = gpt4fast.conv_transpose1d(input, weight, stride=2, impl=impl)
+    expected = F.conv_transpose1d(input, weight, stride=2)
+    assert got.isnan().sum() == 3 and torch.equal(got.isnan(), expected.isnan())
+    assert gpt4fast.conv_transpose1d(input.nan_to_num(float("inf")) + float("inf"), weight, activation="tanh", impl=impl).eq(1).all()
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_bitwise_repeat(impl):
+    (input, weight, bias), geometry = operands((3, 33, 17, (9, 11), (4, 4), (2, 2), (1, 1), (0, 0), 1, (1, 1)), torch.float32)
+    first = gpt4fast.conv_transpose2d(input, weight, bias, *geometry, impl=impl)
+    assert all(torch.equal(first, gpt4fast.conv_transpose2d(input, weight, bias, *geometry, impl=impl)) for _ in range(3))
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("case", ["doubling", "1-D", "3-D"])
+def test_compile_fullgraph(impl, case):
+    (input, weight, bias), geometry = operands(case, torch.float32, requires_grad=True)
+    torch._dynamo.reset()
+    op = OPS[input.dim() - 2]
+
+    def run(input, weight, bias):
+        return op(input, weight, bias, *geometry, scale=bias, shift=bias, activation="silu", impl=impl)
+
+    expected = run(input, weight, bias)
+    got = torch.compile(run, fullgraph=True, backend="aot_eager")(input, weight, bias)
+    torch.testing.assert_close(got, expected)
+    for ours, truth in zip(*(torch.autograd.grad(t.square().sum(), (input, weight, bias)) for t in (got, expected)), strict=True):
+        torch.testing.assert_close(ours, truth, rtol=1e-4, atol=1e-4)
+
+
+def test_opcheck(needs_native):
+    (input, weight, bias), (stride, padding, output_padding, groups, dilation) = operands("groups", torch.float32, requires_grad=True)
+    scale, shift = affine(6, torch.float32, requires_grad=True)
+    geometry = (list(stride), list(padding), list(output_padding), groups, list(dilation))
+    forward = torch.ops.gpt4fast.conv_transpose_forward.default
+    torch.library.opcheck(forward, (input, weight, bias, *geometry, scale, shift, "gelu", 0.01, False))
+    torch.library.opcheck(forward, (input, weight, None, *geometry, None, None, "none", 0.01, True))
+    epilogue = torch.ops.gpt4fast.affine_activation.default
+    torch.library.opcheck(epilogue, (torch.randn(2, 6, 5, requires_grad=True), bias, scale, shift, "silu", 0.01))
+
+
+def test_autocast():
+    (input, weight, bias), geometry = operands("doubling", torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = F.conv_transpose2d(input, weight, bias, *geometry)
+        for impl in filter(available, CPU_IMPLEMENTATIONS):
+            got = gpt4fast.conv_transpose2d(input, weight, bias, *geometry, impl=impl)
+            assert got.dtype == expected.dtype
+            torch.testing.assert_close(got, expected, rtol=0.05, atol=0.05)
+
+
+@st.composite
+def random_calls(draw):
+    dims, groups = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    each = lambda low, high: tuple(draw(st.integers(low, high)) for _ in range(dims))  # noqa: E731
+    sizes, kernel, stride, dilation = each(1, 5 if dims < 3 else 3), each(1, 9 if dims == 1 else 4), each(1, 4), each(1, 3)
+    output_padding = tuple(draw(st.integers(0, max(s, d) - 1)) for s, d in zip(stride, dilation, strict=True))
+    geometry = zip(sizes, kernel, stride, dilation, output_padding, strict=True)
+    padding = tuple(draw(st.integers(0, min(4, ((n - 1) * s + d * (k - 1) + o) // 2))) for n, k, s, d, o in geometry)
+    channels = draw(st.integers(1, 4)) * groups
+    return draw(st.integers(0, 3)), channels, draw(st.integers(1, 5)), sizes, kernel, stride, padding, output_padding, groups, dilation
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@given(random_calls(), st.booleans())
+def test_random_calls(case, channels_last):
+    (input, weight, bias), geometry = operands(case, torch.float32)
+    dims = input.dim() - 2
+    if channels_last and dims > 1:
+        input = input.contiguous(memory_format=torch.channels_last if dims == 2 else torch.channels_last_3d)
+    exact = TORCH[dims](input.double(), weight.double(), bias.double(), *geometry)
+    for impl in filter(available, CPU_IMPLEMENTATIONS):
+        got = OPS[dims](input, weight, bias, *geometry, impl=impl)
+        assert got.shape == exact.shape
+        torch.testing.assert_close(got.double(), exact, rtol=1e-4, atol=1e-4)
