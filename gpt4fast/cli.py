@@ -245,16 +245,15 @@ GENERATORS = {"image": ("dcgan_generator",), "audio": ("wavegan_generator",), "t
 
 
 def _find_model(folder: Path, what: str) -> tuple[Path, str]:
-    """The folder of a saved model that generates `what`, in `folder` or one level below, and the model's type."""
+    """The folder of a saved model that generates `what`, in `folder` or below, and the model's type."""
     if not folder.is_dir():
         raise FileNotFoundError(f"folder: no such folder: {folder}")
     found = {}
-    for path in [folder / "config.json", *sorted(folder.glob("*/config.json"))]:
-        if path.is_file():
-            try:
-                found[path.parent] = json.loads(path.read_text(encoding="utf-8")).get("model_type")
-            except (json.JSONDecodeError, AttributeError):
-                found[path.parent] = "damaged config.json"
+    for path in sorted(folder.rglob("config.json"), key=lambda path: (len(path.parts), path)):
+        try:
+            found[path.parent] = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+        except (ValueError, AttributeError):
+            found[path.parent] = "a damaged config.json"
     for kind in GENERATORS[what]:
         for place, model_type in found.items():
             if model_type == kind:

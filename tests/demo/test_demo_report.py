@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import re
 import xml.etree.ElementTree as ElementTree
-from html.parser import HTMLParser
 
 import pytest
 
@@ -50,7 +50,8 @@ def content(tmp_path):
         },
         "networks": {
             "table": [{"name": "G", "role": "r", "takes": "t", "gives": "g", "parameters": 1234567}],
-            "grid": picture, "optimized": ["one call each"], "speed": [_speed("inference", 2.0, 1.9, 2.1)],
+            "grid": picture, "explained": "layers.0  one call", "explained_note": "n",
+            "speed": [_speed("inference", 2.0, 1.9, 2.1)],
         },
         "adversarial": {
             "images": {"facts": [fact("Recognised", "91", "%")], "grid": picture, "curves": [curve("images")]},
@@ -72,40 +73,10 @@ def content(tmp_path):
     }
 
 
-class _Page(HTMLParser):
-    def __init__(self, html: str):
-        super().__init__()
-        self.addresses, self.ids, self.text, self.tags = [], [], [], []
-        self.feed(html)
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append(tag)
-        for name, value in attributes:
-            if name in ("src", "href", "poster", "data", "srcset"):
-                self.addresses.append(value)
-            if name == "id":
-                self.ids.append(value)
-
-    def handle_data(self, data):
-        self.text.append(data)
-
-
-def check_self_contained(html: str) -> None:
-    page = _Page(html)
-    assert page.addresses
-    assert all(a.startswith(("data:", "#")) for a in page.addresses), [a[:60] for a in page.addresses]
-    assert not re.search(r"url\((?!#)|@import|https?://", html)
-    assert "link" not in page.tags
-    assert len(page.ids) == len(set(page.ids)), "an id occurs twice"
-    for address in page.addresses:
-        assert not address.startswith("#") or address[1:] in page.ids, address
-
-
-def test_report_has_every_section_and_needs_nothing_else(tmp_path, content):
+def test_report_has_every_section_and_needs_nothing_else(tmp_path, content, read_page):
     path = report.write_report(tmp_path, content)
     html = path.read_text(encoding="utf-8")
-    check_self_contained(html)
-    page = _Page(html)
+    page = read_page(html)
     assert {*(f"step-{n}" for n in range(1, 7)), "speed", "run"} <= set(page.ids)
     text = " ".join(page.text)
     for title in (section[1] for section in report.SECTIONS.values()):
@@ -178,8 +149,6 @@ def test_waveform_outline_bounds_the_signal():
 
 def test_spectrogram_shows_a_tone_at_its_pitch():
     tone = torch.sin(torch.arange(8192) * (torch.pi / 4))  # an eighth of the sample rate: a quarter of the way up
-    import io
-
     picture = Image.open(io.BytesIO(media.spectrogram_png(tone))).convert("L")
     column = [picture.getpixel((96, y)) for y in range(picture.height)]
     brightest = column.index(max(column))
