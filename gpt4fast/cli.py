@@ -76,7 +76,7 @@ def demo(
     output: Annotated[Path, typer.Option(help="Folder of the run; an unfinished one goes on.")] = Path("gpt4fast-demo"),
     minutes: Annotated[float, typer.Option(help="About how long it may take on two cores.", min=0.01)] = 6.0,
     threads: Annotated[int, typer.Option(help="CPU threads.", min=1)] = 2,
-    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of what is generated.")] = 0,
 ) -> None:
     """The main job end to end: data, GANs on pictures and drums, a text model, generation, and a report."""
     with _friendly(f"Stopped; what is finished is kept. The same command goes on:  gpt4fast demo --output {output}"):
@@ -97,14 +97,16 @@ def doctor() -> None:
 @app.command()
 def bench(
     op: Annotated[Literal["attention", "conv_transpose"], typer.Argument(help="What to measure.")],
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer shapes and turns.")] = False,
+    quick: Annotated[bool, typer.Option("--quick/--full", help="Under a minute, or all shapes, ten minutes.")] = True,
     output: Annotated[Path, typer.Option(help="Folder for the chart and the JSON file.")] = Path("gpt4fast-bench"),
+    peers: Annotated[bool, typer.Option("--peers", help="Also ONNX Runtime and OpenVINO, where installed.")] = False,
+    threads: Annotated[int, typer.Option(help="CPU threads.", min=1)] = 2,
 ) -> None:
     """Measure an op against torch: a table, a chart and a JSON file."""
     with _friendly("Stopped; nothing was written."):
         from gpt4fast.bench import main
 
-        main(op, quick, output)
+        main(op, quick, output, peers=peers, threads=threads)
 
 
 Output = Annotated[Path, typer.Option(help="Folder for the trained model; an unfinished run in it goes on.")]

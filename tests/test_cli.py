@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -145,6 +146,17 @@ def test_interrupt_says_how_to_go_on(run, tmp_path, monkeypatch):
     result = run("demo", "--output", tmp_path / "run")
     assert result.exit_code == 130
     assert f"gpt4fast demo --output {tmp_path / 'run'}" in result.output
+
+
+def test_bench_passes_its_options_on(run, tmp_path, monkeypatch):
+    import gpt4fast.bench
+
+    calls = []
+    monkeypatch.setattr(gpt4fast.bench, "main", lambda *args, **kwargs: calls.append((args, kwargs)))
+    assert run("bench", "attention").exit_code == 0
+    assert run("bench", "conv_transpose", "--full", "--peers", "--threads", 1, "--output", tmp_path).exit_code == 0
+    assert calls[0] == (("attention", True, Path("gpt4fast-bench")), {"peers": False, "threads": 2})
+    assert calls[1] == (("conv_transpose", False, tmp_path), {"peers": True, "threads": 1})
 
 
 def test_generate_image_and_video_repeat_with_the_seed(run, tmp_path):
