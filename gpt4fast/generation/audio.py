@@ -46,7 +46,7 @@ def plot_spectrograms(
     seconds = waveforms.shape[1] / sample_rate
     for axis, waveform in zip(axes, waveforms, strict=False):
         axis.imshow(
-            spectrogram(waveform), origin="lower", aspect="auto", cmap="magma", vmin=-80, vmax=0,
+            spectrogram(waveform).numpy(), origin="lower", aspect="auto", cmap="magma", vmin=-80, vmax=0,
             extent=(0, seconds, 0, sample_rate / 2000),
         )  # fmt: skip
     for axis in axes[count:]:
