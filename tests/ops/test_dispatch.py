@@ -1,0 +1,81 @@
+"""Which implementation runs, and what is said about the others."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from oracles import available
+
+import gpt4fast
+from gpt4fast.backends import dispatch
+
+
+def qkv(dtype=torch.float32):
+    return [torch.randn(1, 2, 3, 8, dtype=dtype) for _ in range(3)]
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """Records the implementations that really compute."""
+    seen = []
+    for op in (dispatch.ATTENTION, dispatch.CONV_TRANSPOSE):
+        for name, candidate in list(op.candidates.items()):
+            def run(*args, _run=candidate.run, _name=name, **kwargs):
+                seen.append(_name)
+                return _run(*args, **kwargs)
+
+            monkeypatch.setitem(op.candidates, name, dispatch.Candidate(run, candidate.refusal))
+    return seen
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch", "native"])
+def test_argument_and_environment_choose(impl, runs, monkeypatch):
+    if not available(impl):
+        pytest.skip("not built")
+    gpt4fast.attention(*qkv(), impl=impl)
+    monkeypatch.setenv("GPT4FAST_IMPL", impl)
+    gpt4fast.attention(*qkv())
+    gpt4fast.conv_transpose1d(torch.randn(1, 2, 3), torch.randn(2, 2, 2))
+    assert runs == [impl] * 3
+    gpt4fast.attention(*qkv(), impl="reference")  # the argument goes first
+    assert runs[-1] == "reference"
+
+
+def test_explain_tells_what_auto_runs(runs):
+    for kwargs in ({}, {"softcap": 2.0}, {"return_lse": True}, {"is_causal": True, "window": (2, 0)}):
+        explanation = gpt4fast.explain(gpt4fast.attention, *qkv(), **kwargs)
+        gpt4fast.attention(*qkv(), **kwargs)
+        assert explanation.implementation == runs[-1]
+        assert set(explanation.reasons) == set(dispatch.IMPLEMENTATIONS) - {runs[-1]} and all(explanation.reasons.values())
+    assert "softcap" in gpt4fast.explain("attention", *qkv(), softcap=2.0).reasons["torch"]
+    assert "log-sum-exp" in str(gpt4fast.explain("attention", *qkv(), return_lse=True))
+    assert gpt4fast.explain("conv_transpose2d", torch.randn(1, 2, 3, 3), torch.randn(2, 2, 2, 2), impl="reference").implementation == "reference"
+
+
+@pytest.mark.parametrize(
+    ("impl", "kwargs", "reason"),
+    [
+        ("torch", {"softcap": 1.0}, "softcap"),
+        ("triton", {}, "triton"),
+        ("cuda", {}, "cuda"),
+        ("native", {"dropout_p": 0.5}, "dropout"),
+    ],
+)
+def test_an_explicit_request_that_cannot_be_met_raises(impl, kwargs, reason):
+    with pytest.raises(RuntimeError, match=reason):
+        gpt4fast.attention(*qkv(), **kwargs, impl=impl)
+
+
+def test_native_refuses_float64():
+    with pytest.raises(RuntimeError, match="native"):
+        gpt4fast.attention(*qkv(torch.float64), impl="native")
+
+
+def test_unknown_names(monkeypatch):
+    with pytest.raises(ValueError, match="impl must be one of auto"):
+        gpt4fast.attention(*qkv(), impl="fast")
+    monkeypatch.setenv("GPT4FAST_IMPL", "quick")
+    with pytest.raises(ValueError, match="GPT4FAST_IMPL"):
+        gpt4fast.attention(*qkv())
+    with pytest.raises(ValueError, match="op_or_model"):
+        gpt4fast.explain("matmul", torch.ones(1))
