@@ -55,11 +55,12 @@ def attention(
         value: (..., Hk, Lk, Dv).
         attn_mask: bool (True: visible) or float (added to the scores), broadcastable to (..., Hq, Lq, Lk). A float
             mask may require a gradient.
-        dropout_p: probability of dropping a weight, in [0, 1]; drawn from torch's generator, always applied (as in torch).
+        dropout_p: probability of dropping a weight, in [0, 1]; drawn from torch's generator, always applied, as in
+            torch.
         is_causal: hide keys after the query's position. Unlike torch's, it may be combined with ``attn_mask``.
         scale: factor of the scores; 1 / sqrt(D) by default.
-        query_offset: position of the first query among the keys: an int, or a tensor (B,). 0 is torch's (top-left) causal
-            alignment, Lk - Lq the bottom-right one.
+        query_offset: position of the first query among the keys: an int, or a tensor (B,). 0 is torch's (top-left)
+            causal alignment, Lk - Lq the bottom-right one.
         kv_lengths, kv_starts: int32 or int64 (B,): each row's keys are ``kv_starts[b] <= j < kv_lengths[b]``.
         window: (left, right): keys at most that far from the query's position; -1 is unlimited.
         softcap: scores become ``softcap * tanh(scores / softcap)``; 0 is off (Gemma 2).
@@ -209,7 +210,9 @@ def _prepare_mask(attn_mask: Tensor, query: Tensor, shape: tuple[int, ...]) -> T
     sizes = attn_mask.shape
     fits = len(sizes) <= len(shape) and all(a in (1, b) for a, b in zip(reversed(sizes), reversed(shape), strict=False))
     if not fits:
-        raise ValueError(f"attn_mask must broadcast to {shape} (batch, heads, queries, keys), but is {describe(attn_mask)}")
+        raise ValueError(
+            f"attn_mask must broadcast to {shape} (batch, heads, queries, keys), but is {describe(attn_mask)}"
+        )
     if len(shape) > 4:
         return attn_mask.expand(shape).reshape(-1, *shape[-3:])
     return attn_mask[(None,) * (4 - attn_mask.dim())]
@@ -219,7 +222,9 @@ def _prepare_offset(query_offset: object, query: Tensor) -> int | Tensor:
     if isinstance(query_offset, Tensor):
         check_index_tensor("query_offset", query_offset, query.shape[0], "batch row", "query", query)
     elif not is_integer(query_offset):
-        raise TypeError(f"query_offset must be an int or a tensor, one int per batch row, but is {describe(query_offset)}")
+        raise TypeError(
+            f"query_offset must be an int or a tensor, one int per batch row, but is {describe(query_offset)}"
+        )
     elif abs(query_offset) > 2**31 - 1:
         raise ValueError(f"query_offset must be within 2^31 - 1 of zero, but is {query_offset}")
     return query_offset
@@ -230,5 +235,7 @@ def _prepare_slopes(alibi_slopes: Tensor, query: Tensor) -> Tensor:
     check_device("alibi_slopes", alibi_slopes, "query", query)
     batch, heads = query.shape[:2]
     if tuple(alibi_slopes.shape) not in ((heads,), (batch, heads)):
-        raise ValueError(f"alibi_slopes must have shape ({heads},) or ({batch}, {heads}), but is {describe(alibi_slopes)}")
+        raise ValueError(
+            f"alibi_slopes must have shape ({heads},) or ({batch}, {heads}), but is {describe(alibi_slopes)}"
+        )
     return alibi_slopes.expand(batch, heads)

@@ -38,8 +38,8 @@ def attention_decode(
         key, value: (B, Hk, Lq, D) and (B, Hk, Lq, Dv), written in place at ``kv_lengths[b]`` and after.
         block_table: int32 or int64 (B, blocks_per_row): where each row's consecutive blocks lie in a paged cache
             (PagedAttention; Kwon et al., 2023).
-        rotary: (cos, sin), each (positions, rotary_dim / 2): rotary embedding (RoFormer; Su et al., 2021) of ``query`` and
-            ``key`` at their absolute positions; the first rotary_dim channels turn, the others pass.
+        rotary: (cos, sin), each (positions, rotary_dim / 2): rotary embedding (RoFormer; Su et al., 2021) of ``query``
+            and ``key`` at their absolute positions; the first rotary_dim channels turn, the others pass.
         rotary_interleaved: pairs are neighbouring channels (GPT-J) instead of the two halves (GPT-NeoX, Llama).
         kv_starts: (B,): first visible entry of each row (left padding). Positions still count from 0.
         scale, window, softcap, alibi_slopes, return_lse, impl: as for ``attention``.
@@ -59,10 +59,16 @@ def attention_decode(
         check_tensor(name, cache)
         check_like(name, cache, "query", query)
         if cache.dim() != 4 or (block_table is None and cache.shape[0] != batch):
-            layout = f"({batch}, heads, length, head_dim)" if block_table is None else "(blocks, heads, block_size, head_dim)"
+            layout = (
+                f"({batch}, heads, length, head_dim)"
+                if block_table is None
+                else "(blocks, heads, block_size, head_dim)"
+            )
             raise ValueError(f"{name} must have shape {layout}, but is {describe(cache)}")
     if value_cache.shape[:3] != key_cache.shape[:3]:
-        raise ValueError(f"value_cache must match key_cache's {tuple(key_cache.shape[:3])}, but is {describe(value_cache)}")
+        raise ValueError(
+            f"value_cache must match key_cache's {tuple(key_cache.shape[:3])}, but is {describe(value_cache)}"
+        )
     if key_cache.shape[3] != head_dim:
         raise ValueError(f"key_cache must have query's head_dim {head_dim} last, but is {describe(key_cache)}")
     check_index_tensor("kv_lengths", kv_lengths, batch, "batch row", "query", query)
@@ -87,21 +93,26 @@ def attention_decode(
         key_cache, value_cache = _gather(key_cache, block_table), _gather(value_cache, block_table)
     return attention(
         query, key_cache, value_cache, None, 0.0, True, scale, query_offset=start, kv_lengths=start + new,
-        kv_starts=kv_starts, window=window, softcap=softcap, alibi_slopes=alibi_slopes, return_lse=return_lse, impl=impl,
+        kv_starts=kv_starts, window=window, softcap=softcap, alibi_slopes=alibi_slopes, return_lse=return_lse,
+        impl=impl,
     )  # fmt: skip
 
 
 def _check_block_table(block_table: Tensor, query: Tensor, key_cache: Tensor) -> None:
     check_tensor("block_table", block_table, dtypes=(torch.int32, torch.int64))
     if block_table.dim() != 2 or block_table.shape[0] != query.shape[0]:
-        raise ValueError(f"block_table must have shape ({query.shape[0]}, blocks per row), but is {describe(block_table)}")
+        raise ValueError(
+            f"block_table must have shape ({query.shape[0]}, blocks per row), but is {describe(block_table)}"
+        )
     if block_table.device != query.device:
         raise ValueError(f"block_table must be on query's device {query.device}, but is {describe(block_table)}")
     if torch.compiler.is_compiling() or query.device.type != "cpu" or block_table.numel() == 0:
         return
     low, high = int(block_table.min()), int(block_table.max())
     if low < 0 or high >= key_cache.shape[0]:
-        raise ValueError(f"block_table must index key_cache's {key_cache.shape[0]} blocks, but has entries {low} to {high}")
+        raise ValueError(
+            f"block_table must index key_cache's {key_cache.shape[0]} blocks, but has entries {low} to {high}"
+        )
 
 
 def _check_new(key: Tensor | None, value: Tensor | None, query: Tensor, key_cache: Tensor, value_cache: Tensor) -> None:
@@ -134,7 +145,12 @@ def _rotate(x: Tensor, positions: Tensor, rotary: tuple[Tensor, Tensor], interle
         raise TypeError(f"rotary must be (cos, sin), two tensors, but is {describe(rotary)}")
     for table in rotary:
         check_tensor("rotary", table)
-        if table.dim() != 2 or table.shape != rotary[0].shape or 2 * table.shape[1] > x.shape[-1] or table.device != x.device:
+        if (
+            table.dim() != 2
+            or table.shape != rotary[0].shape
+            or 2 * table.shape[1] > x.shape[-1]
+            or table.device != x.device
+        ):
             limit = f"(positions, at most {x.shape[-1] // 2}), on {x.device}"
             raise ValueError(f"rotary must be two tensors of one shape {limit}, but has {describe(table)}")
     if not torch.compiler.is_compiling() and x.device.type == "cpu" and positions.numel():

@@ -32,8 +32,8 @@ def attention_varlen(
 
     Args:
         query: (total_q, Hq, D); key: (total_k, Hk, D); value: (total_k, Hk, Dv). Dtypes as for ``attention``.
-        cu_seqlens_q, cu_seqlens_k: int32 or int64 (B + 1,): sequence b is rows ``cu_seqlens[b]`` to ``cu_seqlens[b + 1]``.
-            They start at 0, never decrease, and end at total_q and total_k.
+        cu_seqlens_q, cu_seqlens_k: int32 or int64 (B + 1,): sequence b is rows ``cu_seqlens[b]`` to
+            ``cu_seqlens[b + 1]``. They start at 0, never decrease, and end at total_q and total_k.
         max_seqlen_q, max_seqlen_k: the longest sequence's length, or more.
         query_offset: int or (B,). Positions count from each sequence's start; flash-attn's causal alignment (bottom
             right) is ``query_offset=(cu_seqlens_k.diff() - cu_seqlens_q.diff())``.
@@ -45,7 +45,8 @@ def attention_varlen(
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape or range; the message names it.
 
-    The sequences are gathered into a padded batch of B × max_seqlen rows, attended with their lengths, and packed again.
+    The sequences are gathered into a padded batch of B × max_seqlen rows, attended with their lengths, and packed
+    again.
     """
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         check_tensor(name, tensor)
@@ -56,7 +57,9 @@ def attention_varlen(
     _check_seqlens("cu_seqlens_q", cu_seqlens_q, "max_seqlen_q", max_seqlen_q, query)
     _check_seqlens("cu_seqlens_k", cu_seqlens_k, "max_seqlen_k", max_seqlen_k, key)
     if cu_seqlens_k.shape != cu_seqlens_q.shape:
-        raise ValueError(f"cu_seqlens_k must have cu_seqlens_q's shape {tuple(cu_seqlens_q.shape)}, but is {describe(cu_seqlens_k)}")
+        raise ValueError(
+            f"cu_seqlens_k must have cu_seqlens_q's shape {tuple(cu_seqlens_q.shape)}, but is {describe(cu_seqlens_k)}"
+        )
 
     padded = [
         _pad(query, cu_seqlens_q, max_seqlen_q),

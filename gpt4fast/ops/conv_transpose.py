@@ -63,7 +63,19 @@ def _define(dims: int):
         impl: str | None = None,
     ) -> Tensor:
         call = prepare(
-            dims, input, weight, bias, stride, padding, output_padding, groups, dilation, scale, shift, activation, negative_slope
+            dims,
+            input,
+            weight,
+            bias,
+            stride,
+            padding,
+            output_padding,
+            groups,
+            dilation,
+            scale,
+            shift,
+            activation,
+            negative_slope,
         )
         return run(call, input, dims, impl)
 
@@ -110,7 +122,9 @@ def prepare(
     if input.dim() not in (dims + 1, dims + 2):
         raise ValueError(f"input must have {dims + 1} (unbatched) or {dims + 2} dimensions, but is {describe(input)}")
     if weight.dim() != dims + 2:
-        raise ValueError(f"weight must have {dims + 2} dimensions (C, Cout / groups, *kernel), but is {describe(weight)}")
+        raise ValueError(
+            f"weight must have {dims + 2} dimensions (C, Cout / groups, *kernel), but is {describe(weight)}"
+        )
     cast = autocast_dtype(input)
     if cast is not None:
         input, weight, bias, scale, shift = (
@@ -172,4 +186,6 @@ def _check_output(call: dict) -> None:
     for n, p in zip(sizes, call["padding"], strict=True):
         elements = elements * (n + 2 * p)
     if elements >= 2**60:
-        raise ValueError(f"stride, dilation and input give an output of size {sizes}, {elements} elements, which overflows")
+        raise ValueError(
+            f"stride, dilation and input give an output of size {sizes}, {elements} elements, which overflows"
+        )

@@ -1,4 +1,4 @@
-"""Slow, obvious definitions in float64, one query or one input element at a time, to test the implementations against."""
+"""Slow, obvious definitions in float64, one query or one output element at a time, to test against."""
 
 from __future__ import annotations
 
@@ -68,7 +68,11 @@ def naive_conv_transpose(input, weight, bias, stride, padding, output_padding, g
     input, weight = input.double(), weight.double()
     dims = input.dim() - 2
     sizes = [
-        (input.shape[2 + d] - 1) * stride[d] - 2 * padding[d] + dilation[d] * (weight.shape[2 + d] - 1) + output_padding[d] + 1
+        (input.shape[2 + d] - 1) * stride[d]
+        - 2 * padding[d]
+        + dilation[d] * (weight.shape[2 + d] - 1)
+        + output_padding[d]
+        + 1
         for d in range(dims)
     ]
     out_per_group, in_per_group = weight.shape[1], input.shape[1] // groups

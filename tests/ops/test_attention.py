@@ -14,7 +14,10 @@ from torch.nn import functional as F
 import gpt4fast
 from gpt4fast.backends.reference import attention as reference
 
-IMPLEMENTATIONS = [pytest.param(name, marks=pytest.mark.skipif(not available(name), reason="not built")) for name in CPU_IMPLEMENTATIONS]
+IMPLEMENTATIONS = [
+    pytest.param(name, marks=pytest.mark.skipif(not available(name), reason="not built"))
+    for name in CPU_IMPLEMENTATIONS
+]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 # (B, Hq, Hk, Lq, Lk, D, Dv): odd sizes, tails, grouped heads, one query, long enough to cross a block
@@ -48,7 +51,8 @@ def features(batch, heads, rows, columns) -> dict[str, dict]:
         "float mask, causal": {"attn_mask": torch.randn(batch, 1, rows, columns), "is_causal": True},
         "all": {
             "attn_mask": additive, "is_causal": True, "query_offset": torch.randint(0, columns, (batch,)), "scale": 0.7,
-            "kv_lengths": lengths, "kv_starts": torch.randint(0, 2, (batch,)), "window": (9, 4), "softcap": 2.0, "alibi_slopes": slopes,
+            "kv_lengths": lengths, "kv_starts": torch.randint(0, 2, (batch,)), "window": (9, 4), "softcap": 2.0,
+            "alibi_slopes": slopes,
         },
     }  # fmt: skip
 
@@ -58,7 +62,11 @@ FEATURES = list(features(1, 1, 1, 1))
 
 def operands(shape, dtype, requires_grad=False):
     batch, heads, kv_heads, rows, columns, head_dim, value_dim = shape
-    sizes = ((batch, heads, rows, head_dim), (batch, kv_heads, columns, head_dim), (batch, kv_heads, columns, value_dim))
+    sizes = (
+        (batch, heads, rows, head_dim),
+        (batch, kv_heads, columns, head_dim),
+        (batch, kv_heads, columns, value_dim),
+    )
     return [torch.randn(size).to(dtype).requires_grad_(requires_grad) for size in sizes]
 
 
@@ -96,7 +104,9 @@ def test_reference_is_the_definition(feature):
     for shape in [(2, 4, 2, 5, 7, 8, 6), (1, 2, 1, 1, 11, 3, 4), (1, 2, 2, 8, 3, 4, 4)]:
         query, key, value = operands(shape, torch.float64)
         kwargs = arguments(feature, shape, torch.float64)
-        for got, truth in zip(exact_attention(query, key, value, **kwargs), naive_attention(query, key, value, **kwargs), strict=True):
+        for got, truth in zip(
+            exact_attention(query, key, value, **kwargs), naive_attention(query, key, value, **kwargs), strict=True
+        ):
             torch.testing.assert_close(got, truth)
 
 
@@ -114,7 +124,9 @@ def test_values(impl, feature, dtype):
         out = gpt4fast.attention(query, key, value, **kwargs, impl=impl)
         expected, lse = exact_attention(query, key, value, **kwargs)
         assert out.dtype == dtype and out.shape == expected.shape
-        bound = max(2 * torch_error(query, key, value, kwargs, expected), FLOOR[dtype] * max(1, expected.abs().max().item()))
+        bound = max(
+            2 * torch_error(query, key, value, kwargs, expected), FLOOR[dtype] * max(1, expected.abs().max().item())
+        )
         assert (out.double() - expected).abs().max().item() <= bound
         if serves(impl, kwargs, return_lse=True):
             again, got = gpt4fast.attention(query, key, value, **kwargs, return_lse=True, impl=impl)
@@ -169,7 +181,9 @@ def test_gradcheck(impl, feature):
     def run(query, key, value, mask, slopes):
         if not serves(impl, {}, return_lse=True):
             return gpt4fast.attention(query, key, value, mask, **kwargs, alibi_slopes=slopes, impl=impl)
-        out, lse = gpt4fast.attention(query, key, value, mask, **kwargs, alibi_slopes=slopes, return_lse=True, impl=impl)
+        out, lse = gpt4fast.attention(
+            query, key, value, mask, **kwargs, alibi_slopes=slopes, return_lse=True, impl=impl
+        )
         return out, lse.masked_fill(lse == -math.inf, 0)
 
     inputs = (query, key, value, mask, slopes)
@@ -216,7 +230,9 @@ def test_nan_in_unseen_places_never_leaks(impl, hidden):
     for grad in torch.autograd.grad(out.square().sum(), inputs):
         assert torch.isfinite(grad).all()
 
-    nothing = gpt4fast.attention(torch.full_like(query, math.nan), key, value, kv_lengths=torch.tensor([0, 0]), impl=impl)
+    nothing = gpt4fast.attention(
+        torch.full_like(query, math.nan), key, value, kv_lengths=torch.tensor([0, 0]), impl=impl
+    )
     assert (nothing == 0).all()
 
 
@@ -233,11 +249,15 @@ def test_strides(impl):
     packed = torch.randn(2, 9, 3, 4, 8)  # batch, length, (q, k, v), heads, head_dim: a fused projection's output
     query, key, value = (packed[:, :, i].transpose(1, 2) for i in range(3))
     expected, _ = naive_attention(query, key, value, is_causal=True)
-    torch.testing.assert_close(gpt4fast.attention(query, key, value, is_causal=True, impl=impl).double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        gpt4fast.attention(query, key, value, is_causal=True, impl=impl).double(), expected, rtol=1e-5, atol=1e-5
+    )
     flat = torch.randn(1 + 2 * 4 * 9 * 9)[1:].view(2, 4, 9, 9)
     for key in (flat[..., :8], flat[..., 1:], flat.transpose(-1, -2)[..., 1:], flat[:, :1, :, :8].expand(2, 4, 9, 8)):
         expected, _ = naive_attention(query, key, key)
-        torch.testing.assert_close(gpt4fast.attention(query, key, key, impl=impl).double(), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            gpt4fast.attention(query, key, key, impl=impl).double(), expected, rtol=1e-5, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -259,7 +279,9 @@ def test_dimensions(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-@pytest.mark.parametrize("shape", [(0, 2, 2, 3, 4, 8, 8), (1, 2, 2, 0, 4, 8, 8), (1, 2, 2, 3, 0, 8, 8), (1, 2, 2, 3, 4, 8, 0)])
+@pytest.mark.parametrize(
+    "shape", [(0, 2, 2, 3, 4, 8, 8), (1, 2, 2, 0, 4, 8, 8), (1, 2, 2, 3, 0, 8, 8), (1, 2, 2, 3, 4, 8, 0)]
+)
 def test_empty(impl, shape):
     query, key, value = operands(shape, torch.float32, requires_grad=True)
     out = gpt4fast.attention(query, key, value, impl=impl)
@@ -280,7 +302,7 @@ def test_bitwise_repeat(impl):
 
 @pytest.mark.parametrize("impl", ["reference", "torch"])
 def test_dropout(impl):
-    """Weights are dropped with probability p, the others scaled by 1 / (1 - p); the generator decides, the mean stays."""
+    """Weights are dropped with probability p, the others scaled by 1 / (1 - p); the generator decides."""
     query, key = torch.randn(1, 2, 8, 4), torch.randn(1, 2, 64, 4)
     value = torch.eye(64).expand(1, 2, 64, 64)  # the output is then the weights themselves
     plain = gpt4fast.attention(query, key, value, impl=impl)
@@ -295,7 +317,9 @@ def test_dropout(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-@pytest.mark.parametrize("feature", ["plain", "causal", "offset", "window", "float mask", "lengths", "alibi", "softcap"])
+@pytest.mark.parametrize(
+    "feature", ["plain", "causal", "offset", "window", "float mask", "lengths", "alibi", "softcap"]
+)
 def test_compile_fullgraph(impl, feature):
     shape = (2, 4, 2, 6, 9, 8, 8)
     query, key, value = operands(shape, torch.float32, requires_grad=True)
@@ -311,15 +335,21 @@ def test_compile_fullgraph(impl, feature):
     expected = run(query, key, value)
     got = compiled(query, key, value)
     torch.testing.assert_close(got, expected)
-    for ours, truth in zip(*(torch.autograd.grad(t.square().sum(), (query, key, value)) for t in (got, expected)), strict=True):
+    for ours, truth in zip(
+        *(torch.autograd.grad(t.square().sum(), (query, key, value)) for t in (got, expected)), strict=True
+    ):
         torch.testing.assert_close(ours, truth, rtol=1e-4, atol=1e-5)
 
 
 def test_compile_with_inductor():
     torch._dynamo.reset()
     query, key, value = operands((1, 2, 2, 5, 7, 8, 8), torch.float32)
-    compiled = torch.compile(lambda q, k, v: gpt4fast.attention(q, k, v, is_causal=True, window=(3, 0)) * 2, fullgraph=True)
-    torch.testing.assert_close(compiled(query, key, value), 2 * gpt4fast.attention(query, key, value, is_causal=True, window=(3, 0)))
+    compiled = torch.compile(
+        lambda q, k, v: gpt4fast.attention(q, k, v, is_causal=True, window=(3, 0)) * 2, fullgraph=True
+    )
+    torch.testing.assert_close(
+        compiled(query, key, value), 2 * gpt4fast.attention(query, key, value, is_causal=True, window=(3, 0))
+    )
 
 
 def test_opcheck(needs_native):
@@ -328,7 +358,9 @@ def test_opcheck(needs_native):
     mask = torch.randn(2, 4, 5, 7, requires_grad=True)
     forward = torch.ops.gpt4fast.attention_forward.default
     torch.library.opcheck(forward, (query, key, value, None, True, 0.3, 0, None, None, None, -1, -1, 0.0, None))
-    torch.library.opcheck(forward, (query, key, value, mask, True, 0.3, 0, offsets, offsets + 3, None, 4, 4, 2.0, slopes))
+    torch.library.opcheck(
+        forward, (query, key, value, mask, True, 0.3, 0, offsets, offsets + 3, None, 4, 4, 2.0, slopes)
+    )
 
 
 def test_autocast():
@@ -350,10 +382,14 @@ def test_extreme_scores(impl):
     """Scores whose exp overflows float32, and equal scores of huge size."""
     query, key, value = operands((1, 1, 1, 3, 6, 4, 4), torch.float32)
     expected, _ = naive_attention(query * 1e3, key, value)
-    torch.testing.assert_close(gpt4fast.attention(query * 1e3, key, value, impl=impl).double(), expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        gpt4fast.attention(query * 1e3, key, value, impl=impl).double(), expected, rtol=1e-3, atol=1e-3
+    )
     mask = torch.full((3, 6), -1e30)
     mean = value.double().mean(2, keepdim=True).expand(1, 1, 3, 4)
-    torch.testing.assert_close(gpt4fast.attention(query, key, value, mask, impl=impl).double(), mean, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        gpt4fast.attention(query, key, value, mask, impl=impl).double(), mean, rtol=1e-5, atol=1e-5
+    )
 
 
 @st.composite
@@ -402,7 +438,16 @@ def test_backward_formula_equals_autograd():
     query, key, value = operands(shape, torch.float64, requires_grad=True)
     kwargs = arguments("all", shape, torch.float64)
     mask = kwargs["attn_mask"].expand(2, 4, 5, 8).clone().requires_grad_()
-    rest = (True, 0.7, kwargs["query_offset"], kwargs["kv_lengths"], kwargs["kv_starts"], (9, 4), 2.0, kwargs["alibi_slopes"].expand(2, 4))
+    rest = (
+        True,
+        0.7,
+        kwargs["query_offset"],
+        kwargs["kv_lengths"],
+        kwargs["kv_starts"],
+        (9, 4),
+        2.0,
+        kwargs["alibi_slopes"].expand(2, 4),
+    )
     out, lse = reference.attention(query, key, value, mask, 0.0, *rest, True)
     grad_out, grad_lse = torch.randn_like(out), torch.randn_like(lse)
     loss = (out * grad_out).sum() + (lse.masked_fill(lse == -math.inf, 0) * grad_lse).sum()

@@ -8,7 +8,10 @@ from oracles import CPU_IMPLEMENTATIONS, available, naive_attention
 
 import gpt4fast
 
-IMPLEMENTATIONS = [pytest.param(name, marks=pytest.mark.skipif(not available(name), reason="not built")) for name in CPU_IMPLEMENTATIONS]
+IMPLEMENTATIONS = [
+    pytest.param(name, marks=pytest.mark.skipif(not available(name), reason="not built"))
+    for name in CPU_IMPLEMENTATIONS
+]
 BATCH, HEADS, KV_HEADS, HEAD_DIM, CAPACITY, BLOCK = 3, 4, 2, 8, 24, 4
 
 
@@ -25,7 +28,9 @@ def rotated(x, first, tables, interleaved):
     for t in range(x.shape[1]):
         for c in range(half):
             a, b = (2 * c, 2 * c + 1) if interleaved else (c, c + half)
-            turned = torch.complex(x[:, t, a].double(), x[:, t, b].double()) * torch.complex(cos[first + t, c].double(), sin[first + t, c].double())
+            turned = torch.complex(x[:, t, a].double(), x[:, t, b].double()) * torch.complex(
+                cos[first + t, c].double(), sin[first + t, c].double()
+            )
             out[:, t, a], out[:, t, b] = turned.real, turned.imag
     return out
 
@@ -43,10 +48,15 @@ def paged(cache):
 @pytest.mark.parametrize("new", [1, 3])
 @pytest.mark.parametrize("layout", ["contiguous", "paged"])
 @pytest.mark.parametrize("rotary", [None, "halves", "interleaved", "partial"])
-@pytest.mark.parametrize("kwargs", [{}, {"window": (5, -1), "scale": 0.5}, {"kv_starts": torch.tensor([0, 2, 4])}], ids=str)
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"window": (5, -1), "scale": 0.5}, {"kv_starts": torch.tensor([0, 2, 4])}], ids=str
+)
 def test_append_and_attend(impl, new, layout, rotary, kwargs):
     lengths = torch.tensor([4, 9, CAPACITY - new])
-    key_cache, value_cache = torch.randn(BATCH, KV_HEADS, CAPACITY, HEAD_DIM), torch.randn(BATCH, KV_HEADS, CAPACITY, HEAD_DIM)
+    key_cache, value_cache = (
+        torch.randn(BATCH, KV_HEADS, CAPACITY, HEAD_DIM),
+        torch.randn(BATCH, KV_HEADS, CAPACITY, HEAD_DIM),
+    )
     for b, length in enumerate(lengths):  # what lies past the end is garbage
         key_cache[b, :, length:] = value_cache[b, :, length:] = float("nan")
     query = torch.randn(BATCH, HEADS, new, HEAD_DIM)
@@ -63,7 +73,11 @@ def test_append_and_attend(impl, new, layout, rotary, kwargs):
         values = torch.cat((value_cache[b, :, :length], value[b]), 1)
         starts = kwargs["kv_starts"][b : b + 1] if "kv_starts" in kwargs else None
         rest = {name: v for name, v in kwargs.items() if name != "kv_starts"}
-        expected.append(naive_attention(q[None], keys[None], values[None], is_causal=True, query_offset=length, kv_starts=starts, **rest)[0])
+        expected.append(
+            naive_attention(
+                q[None], keys[None], values[None], is_causal=True, query_offset=length, kv_starts=starts, **rest
+            )[0]
+        )
         full_keys.append(keys)
 
     table = None
@@ -85,7 +99,15 @@ def test_append_and_attend(impl, new, layout, rotary, kwargs):
     # Without key and value the lengths count everything, and nothing is written.
     before = key_cache.clone()
     again = gpt4fast.attention_decode(
-        query, key_cache, value_cache, lengths + new, block_table=table, rotary=tables, rotary_interleaved=interleaved, **kwargs, impl=impl
+        query,
+        key_cache,
+        value_cache,
+        lengths + new,
+        block_table=table,
+        rotary=tables,
+        rotary_interleaved=interleaved,
+        **kwargs,
+        impl=impl,
     )
     assert torch.equal(again, got) and torch.equal(before.nan_to_num(7.0), key_cache.nan_to_num(7.0))
 

@@ -119,8 +119,8 @@ BAD_VARLEN = [
 ]
 
 GOOD_DECODE = {
-    "query": t(2, 4, 1, 8), "key_cache": t(2, 2, 10, 8), "value_cache": t(2, 2, 10, 8), "kv_lengths": torch.tensor([3, 9]),
-    "key": t(2, 2, 1, 8), "value": t(2, 2, 1, 8),
+    "query": t(2, 4, 1, 8), "key_cache": t(2, 2, 10, 8), "value_cache": t(2, 2, 10, 8),
+    "kv_lengths": torch.tensor([3, 9]), "key": t(2, 2, 1, 8), "value": t(2, 2, 1, 8),
 }  # fmt: skip
 BAD_DECODE = [
     ("query", {"query": t(4, 1, 8)}),
@@ -161,7 +161,9 @@ def test_the_good_calls_are_good(op, good):
     assert torch.isfinite(op(**good)).all()
 
 
-@pytest.mark.parametrize(("op", "good", "name", "bad"), CALLS, ids=[f"{c[0].__name__}-{c[2]}-{i}" for i, c in enumerate(CALLS)])
+@pytest.mark.parametrize(
+    ("op", "good", "name", "bad"), CALLS, ids=[f"{c[0].__name__}-{c[2]}-{i}" for i, c in enumerate(CALLS)]
+)
 def test_the_error_names_the_argument(op, good, name, bad):
     with pytest.raises((TypeError, ValueError), match=rf"\b{name}\b"):
         op(**{**good, **bad})

@@ -12,7 +12,10 @@ from torch.nn import functional as F
 import gpt4fast
 from gpt4fast.backends.reference.conv_transpose import ACTIVATIONS
 
-IMPLEMENTATIONS = [pytest.param(name, marks=pytest.mark.skipif(not available(name), reason="not built")) for name in CPU_IMPLEMENTATIONS]
+IMPLEMENTATIONS = [
+    pytest.param(name, marks=pytest.mark.skipif(not available(name), reason="not built"))
+    for name in CPU_IMPLEMENTATIONS
+]
 OPS = {1: gpt4fast.conv_transpose1d, 2: gpt4fast.conv_transpose2d, 3: gpt4fast.conv_transpose3d}
 TORCH = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
@@ -37,12 +40,19 @@ CASES = {
 
 def operands(case, dtype, requires_grad=False):
     batch, channels, out_per_group, sizes, kernel, *geometry = CASES[case] if isinstance(case, str) else case
-    tensors = [torch.randn(batch, channels, *sizes), torch.randn(channels, out_per_group, *kernel), torch.randn(out_per_group * geometry[3])]
+    tensors = [
+        torch.randn(batch, channels, *sizes),
+        torch.randn(channels, out_per_group, *kernel),
+        torch.randn(out_per_group * geometry[3]),
+    ]
     return [t.to(dtype).requires_grad_(requires_grad) for t in tensors], geometry
 
 
 def affine(channels, dtype, requires_grad=False):
-    return [(torch.rand(channels) + 0.5).to(dtype).requires_grad_(requires_grad), torch.randn(channels).to(dtype).requires_grad_(requires_grad)]
+    return [
+        (torch.rand(channels) + 0.5).to(dtype).requires_grad_(requires_grad),
+        torch.randn(channels).to(dtype).requires_grad_(requires_grad),
+    ]
 
 
 def finish(output, scale, shift, activation, slope=0.01):
@@ -76,7 +86,9 @@ def test_values(impl, case, dtype):
     scale, shift = affine(exact.shape[1], dtype)
     finished = op(input, weight, bias, *geometry, scale=scale, shift=shift, activation="silu", impl=impl)
     truth = finish(exact, scale, shift, "silu")
-    assert (finished.double() - truth).abs().max().item() <= 1.6 * bound + 4 * torch.finfo(dtype).eps * truth.abs().max().item()
+    assert (finished.double() - truth).abs().max().item() <= 1.6 * bound + 4 * torch.finfo(
+        dtype
+    ).eps * truth.abs().max().item()
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -93,7 +105,9 @@ def test_epilogue(impl, activation, given_affine):
         input, weight, kwargs.pop("bias", None), stride, padding, output_padding, groups, dilation, **kwargs,
         activation=activation, negative_slope=0.2, impl=impl,
     )  # fmt: skip
-    exact = F.conv_transpose2d(input.double(), weight.double(), bias.double() if given_affine in ("bias", "all") else None, *geometry)
+    exact = F.conv_transpose2d(
+        input.double(), weight.double(), bias.double() if given_affine in ("bias", "all") else None, *geometry
+    )
     exact = finish(exact, kwargs.get("scale", torch.ones(6)), kwargs.get("shift", torch.zeros(6)), activation, 0.2)
     torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-5)
 
@@ -164,19 +178,31 @@ def test_strides(impl):
     """Transposed, expanded, sliced and misaligned storage."""
     (input, weight, bias), geometry = operands("doubling", torch.float32)
     misaligned = torch.randn(input.numel() + 1)[1:].view(input.shape)
-    for odd in (misaligned, input.transpose(2, 3), input[:, :, ::2, 1:], input[:1].expand(3, 5, 5, 3), input.flip(0)[1:]):
+    for odd in (
+        misaligned,
+        input.transpose(2, 3),
+        input[:, :, ::2, 1:],
+        input[:1].expand(3, 5, 5, 3),
+        input.flip(0)[1:],
+    ):
         expected = F.conv_transpose2d(odd.double(), weight.double(), bias.double(), *geometry)
-        torch.testing.assert_close(gpt4fast.conv_transpose2d(odd, weight, bias, *geometry, impl=impl).double(), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            gpt4fast.conv_transpose2d(odd, weight, bias, *geometry, impl=impl).double(), expected, rtol=1e-4, atol=1e-4
+        )
     wide = torch.randn(6, 5, 4, 4).transpose(0, 1)
     expected = F.conv_transpose2d(input.double(), wide.double(), None, *geometry)
-    torch.testing.assert_close(gpt4fast.conv_transpose2d(input, wide, None, *geometry, impl=impl).double(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        gpt4fast.conv_transpose2d(input, wide, None, *geometry, impl=impl).double(), expected, rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_unbatched_and_empty_batch(impl):
     (input, weight, bias), geometry = operands("doubling", torch.float32)
     expected = F.conv_transpose2d(input, weight, bias, *geometry)
-    torch.testing.assert_close(gpt4fast.conv_transpose2d(input[1], weight, bias, *geometry, impl=impl), expected[1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        gpt4fast.conv_transpose2d(input[1], weight, bias, *geometry, impl=impl), expected[1], rtol=1e-4, atol=1e-5
+    )
     empty = gpt4fast.conv_transpose2d(input[:0], weight, bias, *geometry, activation="gelu", impl=impl)
     assert empty.shape == expected[:0].shape
 
@@ -189,14 +215,22 @@ def test_nan_and_inf_stay_where_they_belong(impl):
     got = gpt4fast.conv_transpose1d(input, weight, stride=2, impl=impl)
     expected = F.conv_transpose1d(input, weight, stride=2)
     assert got.isnan().sum() == 3 and torch.equal(got.isnan(), expected.isnan())
-    assert gpt4fast.conv_transpose1d(input.nan_to_num(float("inf")) + float("inf"), weight, activation="tanh", impl=impl).eq(1).all()
+    assert (
+        gpt4fast.conv_transpose1d(input.nan_to_num(float("inf")) + float("inf"), weight, activation="tanh", impl=impl)
+        .eq(1)
+        .all()
+    )
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_bitwise_repeat(impl):
-    (input, weight, bias), geometry = operands((3, 33, 17, (9, 11), (4, 4), (2, 2), (1, 1), (0, 0), 1, (1, 1)), torch.float32)
+    (input, weight, bias), geometry = operands(
+        (3, 33, 17, (9, 11), (4, 4), (2, 2), (1, 1), (0, 0), 1, (1, 1)), torch.float32
+    )
     first = gpt4fast.conv_transpose2d(input, weight, bias, *geometry, impl=impl)
-    assert all(torch.equal(first, gpt4fast.conv_transpose2d(input, weight, bias, *geometry, impl=impl)) for _ in range(3))
+    assert all(
+        torch.equal(first, gpt4fast.conv_transpose2d(input, weight, bias, *geometry, impl=impl)) for _ in range(3)
+    )
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -212,12 +246,16 @@ def test_compile_fullgraph(impl, case):
     expected = run(input, weight, bias)
     got = torch.compile(run, fullgraph=True, backend="aot_eager")(input, weight, bias)
     torch.testing.assert_close(got, expected)
-    for ours, truth in zip(*(torch.autograd.grad(t.square().sum(), (input, weight, bias)) for t in (got, expected)), strict=True):
+    for ours, truth in zip(
+        *(torch.autograd.grad(t.square().sum(), (input, weight, bias)) for t in (got, expected)), strict=True
+    ):
         torch.testing.assert_close(ours, truth, rtol=1e-4, atol=1e-4)
 
 
 def test_opcheck(needs_native):
-    (input, weight, bias), (stride, padding, output_padding, groups, dilation) = operands("groups", torch.float32, requires_grad=True)
+    (input, weight, bias), (stride, padding, output_padding, groups, dilation) = operands(
+        "groups", torch.float32, requires_grad=True
+    )
     scale, shift = affine(6, torch.float32, requires_grad=True)
     geometry = (list(stride), list(padding), list(output_padding), groups, list(dilation))
     forward = torch.ops.gpt4fast.conv_transpose_forward.default
@@ -241,12 +279,28 @@ def test_autocast():
 def random_calls(draw):
     dims, groups = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     each = lambda low, high: tuple(draw(st.integers(low, high)) for _ in range(dims))  # noqa: E731
-    sizes, kernel, stride, dilation = each(1, 5 if dims < 3 else 3), each(1, 9 if dims == 1 else 4), each(1, 4), each(1, 3)
+    sizes, kernel, stride, dilation = (
+        each(1, 5 if dims < 3 else 3),
+        each(1, 9 if dims == 1 else 4),
+        each(1, 4),
+        each(1, 3),
+    )
     output_padding = tuple(draw(st.integers(0, max(s, d) - 1)) for s, d in zip(stride, dilation, strict=True))
     geometry = zip(sizes, kernel, stride, dilation, output_padding, strict=True)
     padding = tuple(draw(st.integers(0, min(4, ((n - 1) * s + d * (k - 1) + o) // 2))) for n, k, s, d, o in geometry)
     channels = draw(st.integers(1, 4)) * groups
-    return draw(st.integers(0, 3)), channels, draw(st.integers(1, 5)), sizes, kernel, stride, padding, output_padding, groups, dilation
+    return (
+        draw(st.integers(0, 3)),
+        channels,
+        draw(st.integers(1, 5)),
+        sizes,
+        kernel,
+        stride,
+        padding,
+        output_padding,
+        groups,
+        dilation,
+    )
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))

@@ -20,6 +20,7 @@ def runs(monkeypatch):
     seen = []
     for op in (dispatch.ATTENTION, dispatch.CONV_TRANSPOSE):
         for name, candidate in list(op.candidates.items()):
+
             def run(*args, _run=candidate.run, _name=name, **kwargs):
                 seen.append(_name)
                 return _run(*args, **kwargs)
@@ -46,10 +47,17 @@ def test_explain_tells_what_auto_runs(runs):
         explanation = gpt4fast.explain(gpt4fast.attention, *qkv(), **kwargs)
         gpt4fast.attention(*qkv(), **kwargs)
         assert explanation.implementation == runs[-1]
-        assert set(explanation.reasons) == set(dispatch.IMPLEMENTATIONS) - {runs[-1]} and all(explanation.reasons.values())
+        assert set(explanation.reasons) == set(dispatch.IMPLEMENTATIONS) - {runs[-1]} and all(
+            explanation.reasons.values()
+        )
     assert "softcap" in gpt4fast.explain("attention", *qkv(), softcap=2.0).reasons["torch"]
     assert "log-sum-exp" in str(gpt4fast.explain("attention", *qkv(), return_lse=True))
-    assert gpt4fast.explain("conv_transpose2d", torch.randn(1, 2, 3, 3), torch.randn(2, 2, 2, 2), impl="reference").implementation == "reference"
+    assert (
+        gpt4fast.explain(
+            "conv_transpose2d", torch.randn(1, 2, 3, 3), torch.randn(2, 2, 2, 2), impl="reference"
+        ).implementation
+        == "reference"
+    )
 
 
 @pytest.mark.parametrize(

@@ -68,18 +68,22 @@ def _attend(
 
 def _sdpa(query, key, value, mask, dropout_p, is_causal, scale):
     grouped = query.shape[1] != key.shape[1]
-    return F.scaled_dot_product_attention(query, key, value, mask, dropout_p, is_causal, scale=scale, enable_gqa=grouped)
+    return F.scaled_dot_product_attention(
+        query, key, value, mask, dropout_p, is_causal, scale=scale, enable_gqa=grouped
+    )
 
 
 class _TwiceDifferentiable(torch.autograd.Function):
-    """Torch's fused kernels can't be differentiated twice: a backward that must be differentiable runs the reference."""
+    """Torch's fused kernels have no second derivative: a backward that must be differentiable runs the reference."""
 
     @staticmethod
     def forward(ctx, query, key, value, mask, is_causal, scale):
         ctx.save_for_backward(query, key, value, mask)
         ctx.settings = is_causal, scale
         with torch.enable_grad():
-            ctx.inputs = [t if t is None else t.detach().requires_grad_(t.requires_grad) for t in (query, key, value, mask)]
+            ctx.inputs = [
+                t if t is None else t.detach().requires_grad_(t.requires_grad) for t in (query, key, value, mask)
+            ]
             ctx.out = _sdpa(*ctx.inputs, 0.0, is_causal, scale)
         return ctx.out.detach()
 

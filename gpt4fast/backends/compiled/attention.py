@@ -34,7 +34,8 @@ def attention(
     if attn_mask is not None:
         attn_mask = attn_mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
     lengths, starts, offsets = (
-        None if t is None else t.to(torch.int64).contiguous() for t in (kv_lengths, kv_starts, query_offset if per_row else None)
+        None if t is None else t.to(torch.int64).contiguous()
+        for t in (kv_lengths, kv_starts, query_offset if per_row else None)
     )
     return torch.ops.gpt4fast.attention_forward(
         query, key, value, attn_mask, is_causal, scale, 0 if per_row else query_offset, offsets, lengths, starts,
@@ -48,7 +49,9 @@ def _fake(query, key, value, *_):
 
 
 def _setup_context(ctx, inputs, output):
-    query, key, value, attn_mask, is_causal, scale, offset, offsets, lengths, starts, left, right, softcap, slopes = inputs
+    query, key, value, attn_mask, is_causal, scale, offset, offsets, lengths, starts, left, right, softcap, slopes = (
+        inputs
+    )
     ctx.save_for_backward(query, key, value, *output, attn_mask, offsets, lengths, starts, slopes)
     ctx.settings = is_causal, scale, offset, (left, right), softcap
 

@@ -54,7 +54,19 @@ def conv_transpose_then_affine(
 
 
 def _fake_conv_transpose(
-    input, weight, bias, stride, padding, output_padding, groups, dilation, scale, shift, activation, slope, channels_last
+    input,
+    weight,
+    bias,
+    stride,
+    padding,
+    output_padding,
+    groups,
+    dilation,
+    scale,
+    shift,
+    activation,
+    slope,
+    channels_last,
 ):
     sizes = output_sizes(input.shape[2:], weight.shape[2:], stride, padding, output_padding, dilation)
     output = input.new_empty(input.shape[0], weight.shape[1] * groups, *sizes)

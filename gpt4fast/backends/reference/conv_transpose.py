@@ -52,7 +52,9 @@ def _is_channels_last(tensor: Tensor, last: torch.memory_format) -> bool:
     return tensor.is_contiguous(memory_format=last) and not tensor.is_contiguous()
 
 
-def epilogue(output: Tensor, scale: Tensor | None, shift: Tensor | None, activation: str | None, negative_slope: float) -> Tensor:
+def epilogue(
+    output: Tensor, scale: Tensor | None, shift: Tensor | None, activation: str | None, negative_slope: float
+) -> Tensor:
     """``activation(scale * output + shift)``, scale and shift (Cout,) along dimension 1."""
     shape = (-1, *(1,) * (output.dim() - 2))
     if scale is not None:
@@ -81,7 +83,9 @@ def conv_transpose(
     kernel = weight.shape[2:]
     sizes = output_sizes(input.shape[2:], kernel, stride, padding, output_padding, dilation)
     if dtype in (torch.float16, torch.bfloat16):
-        input, weight, bias, scale, shift = (None if t is None else t.float() for t in (input, weight, bias, scale, shift))
+        input, weight, bias, scale, shift = (
+            None if t is None else t.float() for t in (input, weight, bias, scale, shift)
+        )
     grouped_input = input.unflatten(1, (groups, -1))  # (N, groups, C / groups, *spatial)
     grouped_weight = weight.unflatten(0, (groups, -1))  # (groups, C / groups, Cout / groups, *kernel)
 
