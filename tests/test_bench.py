@@ -148,6 +148,38 @@ def test_monitor_sees_this_process_as_quiet_and_needs_no_proc(monkeypatch):
     assert monitor.disturbed(1.0)  # our own threads waited for a core
 
 
+def test_cuda_timer_empties_the_cache_before_each_call(monkeypatch):
+    """With stand-ins for CUDA: the order of events and the mean. It has not yet run on a GPU."""
+    log = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            log.append("record")
+            self.at = len(log)
+
+        def elapsed_time(self, end):
+            return 1000.0 * (end.at - self.at)
+
+    class Flush:
+        def zero_(self):
+            log.append("flush")
+
+    class Properties:
+        L2_cache_size = 1000
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("synchronize"))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    monkeypatch.setattr(torch, "empty", lambda size, **settings: Flush() if size == 2000 else None)
+    seconds = harness.CudaTimer().slot(lambda: log.append("run"), 2)
+    assert log == ["flush", "record", "run", "record"] * 2 + ["synchronize"]
+    assert seconds == 2.0
+
+
 def test_pinned_threads():
     before = torch.get_num_threads()
     with harness.pinned_threads(1) as threads:

@@ -35,6 +35,8 @@ def build(
         impls: implementations of gpt4fast to time beside its own choice.
         compile: time torch.compile of torch's ops, too.
     """
+    if compile:  # torch.compile gives up on a function after its eighth shape, and runs it as it is
+        torch.compiler.reset()
     make = _attention if isinstance(cell, AttentionCell) else _conv_transpose
     return make(cell, dtype, device, impls, compile)
 
