@@ -46,7 +46,7 @@ class Pretrained:
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike) -> Any:
-        """The model that `save_pretrained` wrote into folder, on the CPU, in training mode as any new module is.
+        """The model that `save_pretrained` wrote into folder, on the CPU and in evaluation mode.
 
         Raises:
             FileNotFoundError: a file is missing.
@@ -70,7 +70,7 @@ class Pretrained:
         except SafetensorError as error:
             raise ValueError(f"{folder / WEIGHTS_FILE} is not a whole safetensors file: {error}") from error
         _fill(model, weights, folder / WEIGHTS_FILE)
-        return model
+        return model.eval()
 
     @classmethod
     def _read_config(cls, path: Path) -> Any:

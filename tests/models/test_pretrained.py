@@ -60,6 +60,7 @@ def test_roundtrip_is_bitwise(tmp_path, name, dtype):
     loaded = type(model).from_pretrained(tmp_path / "folder")
     assert torch.equal(torch.get_rng_state(), before)  # loading draws nothing from the caller's generator
     assert type(loaded) is type(model) and loaded.config == model.config
+    assert not any(module.training for module in loaded.modules())
     assert same_tensors(model, loaded)
     assert len(list(loaded.parameters())) == len(list(model.parameters()))  # what was one parameter is one again
     assert sorted(os.listdir(tmp_path / "folder")) == ["config.json", "model.safetensors"]
