@@ -49,7 +49,8 @@ def test_generator_equals_plain_torch(stem, size):
         assert images.shape == (4, 3, size, size) and images.abs().max() <= 1
         assert images.std() > 0.05
         torch.testing.assert_close(images, expected, rtol=1e-4, atol=1e-5)
-    assert all(torch.equal(a, b) for a, b in zip(generator.buffers(), plain.buffers(), strict=True))
+    for ours, theirs in zip(generator.buffers(), plain.buffers(), strict=True):  # the running statistics moved alike
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
 def test_generator_gradients_equal_plain_torch():
