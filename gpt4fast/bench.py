@@ -61,7 +61,7 @@ def main(
                 if peers and device == "cpu":
                     competitors += other_libraries.build(cell, dtype, used)
                 timings = measure(
-                    competitors, reference, candidates.tolerance(cell, dtype), timer=timer, monitor=Monitor(),
+                    competitors, reference, cell.tolerance(dtype), timer=timer, monitor=Monitor(),
                     rounds=9 if quick else 21, seconds=1.5 if quick else 15.0,
                 )  # fmt: skip
             rows += report.make_rows(cell, dtype, timings, ceilings, origin)

@@ -60,7 +60,9 @@ class FakeMonitor:
 
 
 def measure(timer, *which, monitor=None, **settings):
-    return harness.measure(which, ONES.double(), 1e-6, timer=timer, monitor=monitor or FakeMonitor(), **settings)
+    return harness.measure(
+        which, ONES.double(), harness.Tolerance(1e-6), timer=timer, monitor=monitor or FakeMonitor(), **settings
+    )
 
 
 def test_candidates_take_turns_in_rotating_order():
@@ -96,6 +98,18 @@ def test_wrong_values_are_never_timed(value):
     assert bad.run.__self__.calls == 1  # the check
     assert right.status == "ok" and len(right.samples) == 3
     assert "bad" not in [name for name, _ in timer.turns]
+
+
+def test_relative_error_by_norm():
+    reference = torch.zeros(100, dtype=torch.float64)
+    reference[0] = 2
+    one_wrong = reference.clone()
+    one_wrong[5] = 1
+    assert harness.relative_error(one_wrong, reference) == 0.5
+    spread = reference + 0.1
+    assert harness.relative_error(spread, reference, "rms") == pytest.approx(1 / 2)
+    assert harness.relative_error(spread, reference, "max") == pytest.approx(0.1 / 2)
+    assert harness.relative_error((reference, one_wrong), (reference, reference)) == 0.5  # the worst output counts
 
 
 def test_a_refusal_is_reported_not_timed():
@@ -243,7 +257,7 @@ def test_every_cell_has_right_candidates(cell):
     dtype = torch.float32
     with torch.inference_mode(not cell.backward):
         competitors, expected = candidates.build(cell, dtype, impls=("reference",))
-        results = [harness.check(c, expected, candidates.tolerance(cell, dtype)) for c in competitors]
+        results = [harness.check(c, expected, cell.tolerance(dtype)) for c in competitors]
     assert {"torch", "gpt4fast", "gpt4fast reference"} <= {c.name for c in competitors}
     assert [(r.candidate.name, r.status, r.error) for r in results if r.status != "ok"] == []
     assert all(c.implementation for c in competitors if c.name.startswith("gpt4fast"))

@@ -41,10 +41,6 @@ def build(
     return make(cell, dtype, device, impls, compile)
 
 
-def tolerance(cell: AttentionCell | ConvTransposeCell, dtype: torch.dtype) -> float:
-    return shapes.TOLERANCES[dtype] * cell.depth
-
-
 def _named(impls: Sequence[str]) -> list[tuple[str, str | None]]:
     return [(SUBJECT, None), *((f"{SUBJECT} {impl}", impl) for impl in impls)]
 

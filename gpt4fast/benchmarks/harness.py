@@ -45,7 +45,7 @@ class Timing:
 
     candidate: Candidate
     status: str
-    error: float | None = None  # largest |output - reference| / largest |reference|, over the outputs
+    error: float | None = None  # see relative_error
     samples: list[float] = field(default_factory=list)  # seconds per call, one for each turn
     repeats: int = 1  # calls in a slot
     noisy: int = 0  # slots that stayed disturbed
@@ -133,35 +133,48 @@ class Monitor:
         return waited / 1e9
 
 
-def relative_error(outputs: Outputs, reference: Outputs) -> float:
-    """Largest |output - reference| / largest |reference|, over all outputs; inf for a wrong shape or a NaN."""
+@dataclass(frozen=True)
+class Tolerance:
+    """How far right values may be off. ``norm`` is "max" or "rms", see ``relative_error``."""
+
+    limit: float
+    norm: str = "max"
+
+
+def relative_error(outputs: Outputs, reference: Outputs, norm: str = "max") -> float:
+    """Norm of output - reference / norm of reference, the worst of all outputs; inf for a wrong shape or a NaN.
+
+    "max" is the largest magnitude, so one wrong element shows. "rms" is for gradients through ReLU, whose derivative
+    jumps: an input that rounding moves across zero changes its own gradient wholly, in torch as in any other.
+    """
     outputs, reference = ((x,) if isinstance(x, Tensor) else tuple(x) for x in (outputs, reference))
     if len(outputs) != len(reference):
         return float("inf")
+    order = {"max": float("inf"), "rms": 2}[norm]
     worst = 0.0
     for output, expected in zip(outputs, reference, strict=True):
         if output.shape != expected.shape:
             return float("inf")
-        difference = (output.detach().double() - expected).abs().max().item()
-        error = difference / max(expected.abs().max().item(), 1e-30)
+        difference = torch.linalg.vector_norm(output.detach().double() - expected, order).item()
+        error = difference / max(torch.linalg.vector_norm(expected, order).item(), 1e-30)
         if not error <= worst:  # also where it is NaN
             worst = error if error == error else float("inf")
     return worst
 
 
-def check(candidate: Candidate, reference: Outputs, tolerance: float) -> Timing:
+def check(candidate: Candidate, reference: Outputs, tolerance: Tolerance) -> Timing:
     """Compute once and compare; the result's status says whether the candidate may be timed."""
     try:
-        error = relative_error((candidate.check or candidate.run)(), reference)
+        error = relative_error((candidate.check or candidate.run)(), reference, tolerance.norm)
     except RuntimeError as problem:
         return Timing(candidate, f"failed: {str(problem).strip().splitlines()[0]}")
-    return Timing(candidate, "ok" if error <= tolerance else "wrong", error)
+    return Timing(candidate, "ok" if error <= tolerance.limit else "wrong", error)
 
 
 def measure(
     candidates: Sequence[Candidate],
     reference: Outputs,
-    tolerance: float,
+    tolerance: Tolerance,
     *,
     timer: CpuTimer | CudaTimer,
     monitor: Monitor,
@@ -173,7 +186,6 @@ def measure(
     """Check every candidate against ``reference``, then time those that are right, in turns.
 
     Args:
-        tolerance: largest relative error of a right value, see ``relative_error``.
         rounds: turns of each candidate; fewer, but at least 3, where they would take longer than ``seconds``.
         slot: least seconds of a turn, reached by repeating the call.
         retries: how often a disturbed slot is measured again.
