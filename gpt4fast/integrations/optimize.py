@@ -127,8 +127,6 @@ def _merge_refusal(module: nn.Module, shared: Set[nn.Module] = frozenset()) -> s
     """Why a module can't be computed together with its neighbours, or None."""
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return "it has hooks"
-    if is_parametrized(module):
-        return "it has parametrizations"
     if "forward" in vars(module):
         return "its forward was replaced"
     if module in shared:

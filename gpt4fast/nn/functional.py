@@ -19,6 +19,7 @@ from torch.autograd import forward_ad
 from .. import ops
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+_functorch_level, _tracing_state = torch._C._functorch.maybe_current_level, torch._C._get_tracing_state
 _MATH = 0  # what torch._fused_sdp_choice returns for the unfused formula
 
 
@@ -41,9 +42,8 @@ def scaled_dot_product_attention(
     if _ordinary() and _torch_takes(query, key, value, attn_mask, is_causal, enable_gqa):
         dims = max(query.dim(), key.dim(), value.dim())
         try:
-            out = ops.attention(
-                *(_with_dims(t, dims) for t in (query, key, value)), attn_mask, dropout_p, is_causal, scale
-            )
+            q, k, v = _with_dims(query, dims), _with_dims(key, dims), _with_dims(value, dims)
+            out = ops.attention(q, k, v, attn_mask, dropout_p, is_causal, scale)
         except (TypeError, ValueError):
             pass  # torch takes it, or has its own words for what is wrong
         else:
@@ -89,15 +89,11 @@ def _ordinary() -> bool:
     """Outside of the transforms and tracers that our custom ops have no rules for."""
     if torch.compiler.is_compiling():
         return not torch.compiler.is_exporting()
-    return (
-        torch._C._functorch.maybe_current_level() is None
-        and forward_ad._current_level < 0
-        and torch._C._get_tracing_state() is None
-    )
+    return _functorch_level() is None and forward_ad._current_level < 0 and _tracing_state() is None
 
 
 def _plain(t: object) -> bool:
-    return type(t) in _PLAIN and t.device.type in ("cpu", "cuda") and not t.is_nested
+    return type(t) in _PLAIN and (t.is_cpu or t.is_cuda) and not t.is_nested
 
 
 def _torch_takes(query, key, value, attn_mask, is_causal, enable_gqa) -> bool:
@@ -117,17 +113,14 @@ def _torch_takes(query, key, value, attn_mask, is_causal, enable_gqa) -> bool:
             return False
     elif query.dim() > 2 and key.dim() > 2 and key.shape[-3] not in (1, query.shape[-3]):
         return False
-    return _no_kernel_named(query.device.type)
+    return torch.compiler.is_compiling() or _no_kernel_named(query)  # Dynamo can't read those switches
 
 
-def _no_kernel_named(device_type: str) -> bool:
+def _no_kernel_named(query: Tensor) -> bool:
     """True unless ``torch.nn.attention.sdpa_kernel`` rules one of torch's kernels out: who names a kernel gets it."""
-    if torch.compiler.is_compiling():
-        return True  # Dynamo can't read these switches
-    cuda = torch.backends.cuda
-    if not (cuda.flash_sdp_enabled() and cuda.math_sdp_enabled()):
+    if not (torch._C._get_flash_sdp_enabled() and torch._C._get_math_sdp_enabled()):
         return False
-    return device_type == "cpu" or (cuda.mem_efficient_sdp_enabled() and cuda.cudnn_sdp_enabled())
+    return query.is_cpu or (torch._C._get_mem_efficient_sdp_enabled() and torch._C._get_cudnn_sdp_enabled())
 
 
 def _with_dims(t: Tensor, dims: int) -> Tensor:
