@@ -40,7 +40,7 @@ def torch_folder() -> Path | None:
         if (folder / "include/torch/csrc/stable/library.h").is_file():
             version = re.search(r"__version__ = '(\d+)\.(\d+)", (folder / "version.py").read_text())
             if version and tuple(map(int, version.groups())) >= TORCH_MINIMUM:
-                return folder
+                return folder.resolve()
     return None
 
 
@@ -97,12 +97,6 @@ class BuildNative(Command):
 
     def get_source_files(self) -> list[str]:  # for the source distribution
         return ["CMakeLists.txt", *(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*"))]
-
-    def get_outputs(self) -> list[str]:
-        return [] if self.editable_mode else [str(path) for path in self.installed()]
-
-    def get_output_mapping(self) -> dict[str, str]:
-        return {}
 
     def package(self) -> Path:
         return (ROOT if self.editable_mode else ROOT / self.build_lib) / "gpt4fast"
