@@ -17,7 +17,7 @@ from gpt4fast.training.objectives import (
     token_cross_entropy,
     windows,
 )
-from gpt4fast.training.optimization import clipped_step, make_optimizers, warmup_cosine
+from gpt4fast.training.optimization import Muon, clipped_step, make_optimizers, orthogonalize, warmup_cosine
 
 
 @pytest.fixture(scope="module")
@@ -172,3 +172,30 @@ def test_clipped_step_clips_the_joint_norm_and_clears():
     assert clipped_step(optimizers, 0.1, 1.0) == pytest.approx(5.0)
     assert (float(first.detach()), float(second.detach())) == pytest.approx((-0.06, -0.08))
     assert first.grad is None and second.grad is None
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 20), (2, 20, 8), (1, 8, 8)])
+def test_orthogonalize_keeps_directions_and_levels_sizes(shape):
+    matrices = torch.randn(shape, dtype=torch.float64)
+    u, s, vh = torch.linalg.svd(matrices, full_matrices=False)
+    levelled = u.mT @ orthogonalize(matrices) @ vh.mT
+    values = levelled.diagonal(dim1=1, dim2=2)
+    torch.testing.assert_close(levelled, torch.diag_embed(values), rtol=0, atol=1e-9)
+    # Tiny singular values need more than five steps.
+    assert ((values > 0.65) & (values < 1.25))[s > 0.05 * s.amax(1, keepdim=True)].all()
+
+
+def test_muon_agrees_with_torchs():
+    ours, theirs = (torch.nn.Parameter(torch.ones(6, 10)) for _ in range(2))
+    optimizers = [
+        Muon([ours], lr=0.1, weight_decay=0.2),
+        torch.optim.Muon([theirs], lr=0.1, weight_decay=0.2, adjust_lr_fn="match_rms_adamw"),
+    ]
+    for _ in range(4):
+        gradient = torch.randn(6, 10)
+        for parameter, optimizer in zip((ours, theirs), optimizers, strict=True):
+            parameter.grad = gradient.clone()
+            optimizer.step()
+    moved = (theirs.detach() - 1).abs().max()
+    # torch's works in bfloat16.
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=float(moved) * 0.03)
