@@ -30,6 +30,7 @@ def generate(
     repetition_penalty: float = 1.0,
     seed: int | None = None,
     bos_id: int | None = None,
+    decoder_input_ids: torch.Tensor | None = None,
     eos_id: int | None = None,
     pad_id: int = 0,
     stop: Callable[[list[int]], bool] | None = None,
@@ -37,11 +38,11 @@ def generate(
 ) -> torch.Tensor:
     """Draws up to `max_new_tokens` tokens after `input_ids`; returns the new ones (batch, n ≤ max_new_tokens), int64.
 
-    A GPT goes on from `input_ids` (batch, length); an EncoderDecoder reads them with its encoder and its decoder starts
-    from `bos_id`. Rows of different length are padded on the left (GPT) or on either side (EncoderDecoder), with
-    `attention_mask` (batch, length) True at real tokens. An Encoder goes on like a GPT, with the
-    head that it has for `is_causal=True`. A row ends with `eos_id`, which it keeps, or where
-    `stop(new ids of the row)` says so; it is then filled with `pad_id`, and all stop when the last row has ended.
+    A GPT goes on from `input_ids` (batch, length). An EncoderDecoder reads them with its encoder, and its decoder starts
+    from `bos_id`, or goes on from `decoder_input_ids` (batch, n). An Encoder goes on like a GPT, with the head that it
+    has for `is_causal=True`. Rows of different length are padded on the left (EncoderDecoder: on either side), with
+    `attention_mask` (batch, length) True at real tokens. A row ends with `eos_id`, which it keeps, or where `stop(new
+    ids of the row)` says so; it is then filled with `pad_id`, and all stop when the last row has ended.
 
     temperature, top_k, top_p, min_p, repetition_penalty: see `Sampling`; applied in the order penalty, temperature,
     top_k, top_p, min_p. `seed` makes the draw repeatable, leaves torch's global generator alone; None is a fresh one.
@@ -60,13 +61,27 @@ def generate(
             f"attention_mask must be bool {tuple(input_ids.shape)} like input_ids, "
             f"was {attention_mask.dtype} {tuple(attention_mask.shape)}"
         )
+    if decoder_input_ids is not None and (
+        decoder_input_ids.dim() != 2
+        or len(decoder_input_ids) != len(input_ids)
+        or not isinstance(model, EncoderDecoder)
+    ):
+        raise ValueError(
+            f"decoder_input_ids must be ({len(input_ids)}, n), and only for an EncoderDecoder, "
+            f"was {tuple(decoder_input_ids.shape)} for {type(model).__name__}"
+        )
     start = next((start for kind, start in _STARTS.items() if isinstance(model, kind)), None)
     if start is None:
         raise TypeError(f"model must be a GPT, EncoderDecoder or Encoder, was {type(model).__name__}")
+    first = decoder_input_ids
+    if first is None and isinstance(model, EncoderDecoder):
+        if bos_id is None:
+            raise ValueError("bos_id must be given for an EncoderDecoder: its decoder starts from it, was None")
+        first = torch.full((len(input_ids), 1), bos_id, device=input_ids.device)
     was_training = model.training
     model.eval()
     try:
-        logits, step, seen = start(model, input_ids, attention_mask, max_new_tokens, bos_id)
+        logits, step, seen = start(model, input_ids, attention_mask, max_new_tokens, first)
         return _draw_tokens(logits, step, seen, sampling, max_new_tokens, seed, eos_id, pad_id, stop, on_token)
     finally:
         model.train(was_training)
@@ -106,18 +121,15 @@ def _seen(vocab: int, ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Ten
     return counts.scatter_add_(1, ids, ones) > 0
 
 
-def _start_gpt(model: GPT, input_ids, attention_mask, max_new_tokens, bos_id):
+def _start_gpt(model: GPT, input_ids, attention_mask, max_new_tokens, first):
     cache = model.make_cache(input_ids.shape[0], input_ids.shape[1] + max_new_tokens)
     logits = model(input_ids, attention_mask=attention_mask, cache=cache).logits[:, -1]
     seen = _seen(logits.shape[-1], input_ids, attention_mask)
     return logits, lambda token: model(token[:, None], cache=cache).logits[:, -1], seen
 
 
-def _start_encoder_decoder(model: EncoderDecoder, input_ids, attention_mask, max_new_tokens, bos_id):
-    if bos_id is None:
-        raise ValueError("bos_id must be given for an EncoderDecoder: its decoder starts from it, was None")
-    cache = model.make_cache(input_ids.shape[0], max_new_tokens)
-    first = torch.full((input_ids.shape[0], 1), bos_id, device=input_ids.device)
+def _start_encoder_decoder(model: EncoderDecoder, input_ids, attention_mask, max_new_tokens, first):
+    cache = model.make_cache(input_ids.shape[0], first.shape[1] + max_new_tokens)
     output = model(input_ids, first, attention_mask=attention_mask, cache=cache)
     encoder_output = output.encoder_output
 
@@ -131,13 +143,13 @@ def _start_encoder_decoder(model: EncoderDecoder, input_ids, attention_mask, max
     return logits, step, _seen(logits.shape[-1], input_ids, attention_mask)
 
 
-def _start_encoder(model: Encoder, input_ids, attention_mask, max_new_tokens, bos_id):
+def _start_encoder(model: Encoder, input_ids, attention_mask, max_new_tokens, first):
     # Read causally, an encoder is a GPT with the same weights: this one shares them, and brings the cache.
     config = GPTConfig(**{f.name: getattr(model.config, f.name) for f in fields(TransformerConfig)})
     with torch.device("meta"):
         gpt = GPT(config).eval()
     gpt.stack, gpt.head.weight = model.stack, model.head.weight
-    return _start_gpt(gpt, input_ids, attention_mask, max_new_tokens, bos_id)
+    return _start_gpt(gpt, input_ids, attention_mask, max_new_tokens, first)
 
 
 _STARTS = {GPT: _start_gpt, EncoderDecoder: _start_encoder_decoder, Encoder: _start_encoder}
@@ -150,6 +162,7 @@ def continue_text(
     *,
     max_new_tokens: int = 200,
     context: int = 64,
+    overlap: int = 16,
     chunk: int = 64,
     seed: int | None = None,
     stop: Sequence[str] = (),
@@ -159,9 +172,9 @@ def continue_text(
     """Writes on after `prompt` and returns what was written, without the prompt.
 
     The text may be longer than what the model reads at once: it is written in chunks of at most `chunk` tokens, each
-    after the last `context` tokens so far. Ends after `max_new_tokens`, at `<eos>`, or before the first of the strings
-    in `stop`. `on_text` gets the text piece by piece as it is written. `sampling`: temperature, top_k, top_p, min_p,
-    repetition_penalty.
+    after the last `context` tokens so far, and a decoder gets the last `overlap` of them as its own beginning. Ends
+    after `max_new_tokens`, at `<eos>`, or before the first of the strings in `stop`. `on_text` gets the text piece by
+    piece as it is written. `sampling`: temperature, top_k, top_p, min_p, repetition_penalty.
     """
     ids = tokenizer.encode(prompt).tolist()
     written: list[int] = []
@@ -190,13 +203,15 @@ def continue_text(
 
     while len(written) < max_new_tokens:
         piece: list[int] = []
-        source = torch.tensor([[tokenizer.bos_id, *(ids + written)[-context:]]], device=device)
+        so_far = ids + written
+        source = torch.tensor([[tokenizer.bos_id, *so_far[-context:]]], device=device)
+        start = torch.tensor([[tokenizer.bos_id, *so_far[max(0, len(so_far) - overlap) :]]], device=device)
         new = generate(
             model,
             source,
             max_new_tokens=min(chunk, max_new_tokens - len(written)),
             seed=int(torch.randint(2**62, (), generator=seeds)),
-            bos_id=tokenizer.bos_id,
+            decoder_input_ids=start if isinstance(model, EncoderDecoder) else None,
             eos_id=tokenizer.eos_id,
             stop=found_stop if stop else None,
             on_token=show,

@@ -75,6 +75,7 @@ def finetune_decoder(
     steps: int,
     context: int = 64,
     length: int = 64,
+    overlap: int = 16,
     continue_rows: int = 16,
     gap_rows: int = 4,
     lr: float = 1e-3,
@@ -97,7 +98,9 @@ def finetune_decoder(
     """Trains the whole `model` in place, encoder included, resumable; returns the history, one dict per step.
 
     Every step has two self-supervised losses on real text from token_ids (total,) int64:
-    "continuation": the encoder reads `<bos>` and `context` ids, the decoder writes the `length` that follow;
+    "continuation": the encoder reads `<bos>` and up to `context` ids, the decoder writes the `length` that follow. Its
+    own beginning is up to `overlap` of the ids before, as in `continue_text`: cross attention has no positions, so
+    without them it would have to find out where the encoder's text ends;
     "gaps": the encoder reads text with gaps, the decoder writes what is missing (`gap_filling`).
     From the share `adversarial_from` of the run on, the model writes `sample_rows` continuations of real contexts every
     `sample_every` steps, and every `adversarial_every` steps half of `continue_rows` of them are read back:
@@ -115,6 +118,8 @@ def finetune_decoder(
     positive(adversarial_every=adversarial_every, sample_every=sample_every, validate_every=validate_every)
     if length < 16:
         raise ValueError(f"length must be at least 16, what the discriminator looks at, was {length}")
+    if not 0 <= overlap <= context:
+        raise ValueError(f"overlap must be in [0, context = {context}], was {overlap}")
     if sample_rows < 1 or gap_rows < 0:
         raise ValueError(f"sample_rows must be at least 1 and gap_rows at least 0, were {sample_rows} and {gap_rows}")
     device = next(model.parameters()).device
@@ -123,34 +128,38 @@ def finetune_decoder(
     hidden_dim = model.config.decoder.embed_dim
     if discriminator is None:
         discriminator = HiddenDiscriminator(hidden_dim).to(device)
-    contexts, written = SamplePool(sample_rows, context + 1), SamplePool(sample_rows, length + 1)
+    pool = SamplePool(sample_rows, context + length)
     optimizers = make_optimizers(model, lr, weight_decay)
     critic_optimizer = torch.optim.AdamW(discriminator.parameters(), lr=discriminator_lr, betas=(0.5, 0.99))
     model.train()
 
-    def real_batch(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-        ids = windows(token_ids, rows, context + length)
-        return begin(ids[:, :context]), begin(ids[:, context:])
-
     def begin(ids: torch.Tensor) -> torch.Tensor:
         return F.pad(ids, (1, 0), value=tokenizer.bos_id)
 
-    def read(source: torch.Tensor, target: torch.Tensor):
-        """Hidden states (rows, length, hidden_dim) and logits of the decoder over target (rows, 1 + length)."""
+    def read(ids: torch.Tensor, source: int, again: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The encoder reads the first `source` of ids (rows, source + length), the decoder the last `again` of them on.
+
+        Returns the decoder's hidden states (rows, length, hidden_dim) and the loss of the last `length` ids.
+        """
+        target = begin(ids[:, source - again :]).to(device)
         with HiddenStates(model) as hidden:
-            logits = model(source.to(device), target[:, :-1].to(device)).logits
-        return hidden.value, logits
+            logits = model(begin(ids[:, :source]).to(device), target[:, :-1]).logits
+        return hidden.value[:, -length:], token_cross_entropy(logits[:, -length:], target[:, -length:])
 
     def write_samples() -> None:
-        source, _ = real_batch(sample_rows)
-        sample_seed = int(torch.randint(2**31, ()))
-        new = generate(model, source.to(device), max_new_tokens=length, bos_id=tokenizer.bos_id, seed=sample_seed)
-        contexts.ids.copy_(source)
-        written.ids.copy_(begin(new.cpu()))
+        ids = windows(token_ids, sample_rows, context)
+        new = generate(
+            model,
+            begin(ids).to(device),
+            max_new_tokens=length,
+            decoder_input_ids=begin(ids[:, context - overlap :]).to(device),
+            seed=int(torch.randint(2**31, ())),
+        )
+        pool.ids.copy_(torch.cat([ids, new.cpu()], dim=1))
 
-    def adversarial_losses(real: torch.Tensor, metrics: dict[str, float]) -> torch.Tensor:
+    def adversarial_losses(real: torch.Tensor, source: int, again: int, metrics: dict[str, float]) -> torch.Tensor:
         rows = torch.randint(sample_rows, (max(1, continue_rows // 2),))
-        fake, _ = read(contexts.ids[rows], written.ids[rows])
+        fake, _ = read(pool.ids[rows, context - source :], source, again)
         real = real[: len(rows)].detach()
         real_score, _ = discriminator(real)
         fake_score, _ = discriminator(fake.detach())
@@ -174,44 +183,43 @@ def finetune_decoder(
         adversarial_now = adversarial and step >= first_adversarial
         if adversarial_now and (step - first_adversarial) % sample_every == 0:
             write_samples()
-        source, target = real_batch(continue_rows)
-        hidden, logits = read(source, target)
-        loss = continuation = token_cross_entropy(logits, target[:, 1:].to(device))
+        # Prompts of every length, so that a short one is no surprise; one length for all rows, so that none is padded.
+        source = int(torch.randint(1, context + 1, ()))
+        again = int(torch.randint(min(overlap, source) + 1, ()))
+        hidden, continuation = read(windows(token_ids, continue_rows, source + length), source, again)
+        loss = continuation
         metrics = {"continuation": float(continuation.detach())}
         if gap_rows:
             ids = begin(windows(token_ids, gap_rows, context))
             if adversarial_now:
                 own = gap_rows // 4
-                texts = torch.cat([contexts.ids[:, 1:], written.ids[:, 1:]], dim=1)
-                ids[:own, 1:] = windows(texts, own, context)
+                ids[:own, 1:] = windows(pool.ids, own, context)
                 ids[:own, 0] = tokenizer.generated_id
             gapped, mask, decoder_input, labels = (t.to(device) for t in gap_filling(ids, tokenizer))
             gaps = token_cross_entropy(model(gapped, decoder_input, attention_mask=mask).logits, labels)
             metrics["gaps"] = float(gaps.detach())
             loss = loss + gap_rows / continue_rows * gaps
         if adversarial_now and (step - first_adversarial) % adversarial_every == 0:
-            loss = loss + adversarial_losses(hidden, metrics)
+            loss = loss + adversarial_losses(hidden, source, again, metrics)
         loss.backward()
         rate = lr * warmup_cosine(step, steps)
-        metrics |= {
-            "loss": float(loss.detach()),
-            "lr": rate,
-            "grad_norm": clipped_step(optimizers.values(), rate, max_norm),
-        }
+        metrics |= {"loss": float(loss.detach()), "lr": rate}
+        metrics["grad_norm"] = clipped_step(optimizers.values(), rate, max_norm)
         if validation_ids is not None and ((step + 1) % validate_every == 0 or step + 1 == steps):
-            metrics["validation_loss"] = continuation_loss(model, validation_ids, tokenizer, context, length)
+            metrics["validation_loss"] = continuation_loss(model, validation_ids, tokenizer, context, length, overlap)
         return metrics
 
     loop = Loop(
         folder,
         "decoder",
-        modules={"model": model, "discriminator": discriminator, "contexts": contexts, "written": written},
+        modules={"model": model, "discriminator": discriminator, "pool": pool},
         optimizers=optimizers | {"critic": critic_optimizer},
         steps=steps,
         checkpoint_every=checkpoint_every,
         seed=seed,
         config={
-            "steps": steps, "length": (context, length), "rows": (continue_rows, gap_rows), "tokens": len(token_ids),
+            "steps": steps, "length": (context, length, overlap), "rows": (continue_rows, gap_rows),
+            "tokens": len(token_ids),
             "adversarial": (adversarial_weight, feature_weight, adversarial_every, adversarial_from, sample_every),
         },
     )  # fmt: skip
@@ -237,19 +245,28 @@ class HiddenStates:
 
 @torch.no_grad()
 def continuation_loss(
-    model: EncoderDecoder, token_ids: torch.Tensor, tokenizer: Tokenizer, context: int = 64, length: int = 64
+    model: EncoderDecoder,
+    token_ids: torch.Tensor,
+    tokenizer: Tokenizer,
+    context: int = 64,
+    length: int = 64,
+    overlap: int = 16,
 ) -> float:
-    """Mean nats per token of writing each `length` ids after reading the `context` before; exp of it is perplexity."""
+    """Mean nats per token of writing each `length` ids after reading the `context` before; exp of it is perplexity.
+
+    The decoder begins with the last `overlap` ids of the context, which do not count.
+    """
     if len(token_ids) < context + length:
         raise ValueError(f"token_ids must have at least {context + length} ids, has {len(token_ids)}")
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
     total, count = 0.0, 0
-    for rows in token_ids.unfold(0, context + length, length).split(32):
-        source, target = (F.pad(ids, (1, 0), value=tokenizer.bos_id) for ids in rows.split([context, length], dim=1))
-        logits = model(source.to(device), target[:, :-1].to(device)).logits
-        total += float(token_cross_entropy(logits, target[:, 1:].to(device))) * target[:, 1:].numel()
-        count += target[:, 1:].numel()
+    for rows in token_ids.to(device).unfold(0, context + length, length).split(32):
+        source = F.pad(rows[:, :context], (1, 0), value=tokenizer.bos_id)
+        target = F.pad(rows[:, context - overlap :], (1, 0), value=tokenizer.bos_id)
+        logits = model(source, target[:, :-1]).logits
+        total += float(token_cross_entropy(logits[:, -length:], target[:, -length:])) * len(rows)
+        count += len(rows)
     model.train(was_training)
     return total / count

@@ -64,6 +64,16 @@ def test_encoder_decoder_with_cache_equals_full_forward(encoder_decoder):
     assert torch.equal(new, written[:, 1:])
 
 
+def test_encoder_decoder_goes_on_from_what_it_is_given(encoder_decoder):
+    source, beginning = torch.randint(40, (2, 9)), torch.randint(40, (2, 3))
+    whole = generate(encoder_decoder, source, max_new_tokens=12, temperature=0, decoder_input_ids=beginning)
+    later = torch.cat([beginning, whole[:, :5]], 1)
+    again = generate(encoder_decoder, source, max_new_tokens=7, temperature=0, decoder_input_ids=later)
+    assert torch.equal(again, whole[:, 5:])
+    logits = encoder_decoder(source, beginning).logits[:, -1]
+    assert torch.equal(whole[:, 0], logits.argmax(-1))
+
+
 def test_encoder_writes_with_causal_attention():
     torch.manual_seed(0)
     encoder = Encoder(EncoderConfig(**SMALL))
@@ -165,6 +175,7 @@ def test_training_mode_is_restored_also_after_an_error(gpt):
         ("attention_mask", {"attention_mask": torch.ones(1, 4, dtype=torch.bool)}),
         ("attention_mask", {"attention_mask": torch.ones(1, 3)}),
         ("bos_id", {}),
+        ("decoder_input_ids", {"decoder_input_ids": torch.zeros(2, 1, dtype=torch.long)}),
     ],
 )
 def test_errors_name_the_argument(encoder_decoder, name, arguments):
@@ -244,18 +255,18 @@ def test_draws_follow_the_distribution():
 def writer():
     tokenizer = Tokenizer.train("the cat sat on the mat and the dog ran. " * 20, 280)
     torch.manual_seed(0)
-    shape = SMALL | {"vocab_size": tokenizer.vocab_size, "max_length": 16}
+    shape = SMALL | {"vocab_size": tokenizer.vocab_size, "max_length": 24}
     return EncoderDecoder(EncoderDecoderConfig(EncoderConfig(**shape, positions="rotary"))), tokenizer
 
 
 def test_continue_text_goes_beyond_the_models_length_and_streams(writer):
     model, tokenizer = writer
     pieces = []
-    arguments = dict(max_new_tokens=50, context=10, chunk=12, seed=3)
+    arguments = dict(max_new_tokens=50, context=10, overlap=4, chunk=12, seed=3)
     text = continue_text(model, tokenizer, "the cat sat on the mat and", on_text=pieces.append, **arguments)
     assert text == continue_text(model, tokenizer, "the cat sat on the mat and", **arguments)
     assert text.startswith("".join(pieces)) and len("".join(pieces)) > len(text) // 2
-    assert len(tokenizer.encode(text)) > 16
+    assert len(tokenizer.encode(text)) > 24
 
 
 def test_continue_text_stops_before_the_string(writer):

@@ -18,7 +18,7 @@ from gpt4fast.training.finetune import (
 
 TEXT = "".join(f"the {animal} {verb} on the {place}. " for animal in ("cat", "dog", "rat", "bat")
                for verb in ("sat", "ran", "slept") for place in ("mat", "road", "hill", "bed")) * 3  # fmt: skip
-SETTINGS = dict(context=16, length=20, continue_rows=6, gap_rows=4, lr=5e-3, sample_rows=6, seed=3)
+SETTINGS = dict(context=16, length=20, overlap=4, continue_rows=6, gap_rows=4, lr=5e-3, sample_rows=6, seed=3)
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +68,7 @@ def test_warm_start_needs_equal_sizes(tokenizer):
 
 def test_learns_and_reports_every_loss(tokenizer, ids, tmp_path):
     model = make_model(tokenizer)
-    before = continuation_loss(model, ids[:200], tokenizer, 16, 20)
+    before = continuation_loss(model, ids[:200], tokenizer, 16, 20, 4)
     history = finetune_decoder(
         model, ids, tokenizer, tmp_path, steps=100, adversarial_from=0.3, adversarial_every=2, sample_every=20,
         validation_ids=ids[:200], validate_every=40, **SETTINGS,
@@ -78,7 +78,7 @@ def test_learns_and_reports_every_loss(tokenizer, ids, tmp_path):
         assert last < 0.7 * first, name
     assert [i for i, row in enumerate(history, 1) if "validation_loss" in row] == [40, 80, 100]
     after = history[-1]["validation_loss"]
-    assert after == pytest.approx(continuation_loss(model, ids[:200], tokenizer, 16, 20))
+    assert after == pytest.approx(continuation_loss(model, ids[:200], tokenizer, 16, 20, 4))
     assert after < 0.5 * before
     adversarial = [i for i, row in enumerate(history) if "critic" in row]
     assert adversarial == list(range(30, 100, 2))
@@ -167,9 +167,9 @@ def test_validation_loss_against_one_row_at_a_time(tokenizer, ids):
     bos = torch.tensor([tokenizer.bos_id])
     for start in (0, 20):
         source = torch.cat([bos, ids[start : start + 16]])[None]
-        target = torch.cat([bos, ids[start + 16 : start + 36]])[None]
-        losses.append(F.cross_entropy(model(source, target[:, :-1]).logits[0], target[0, 1:]))
-    mine = continuation_loss(model, ids[:60], tokenizer, 16, 20)
+        target = torch.cat([bos, ids[start + 12 : start + 36]])[None]
+        losses.append(F.cross_entropy(model(source, target[:, :-1]).logits[0, 4:], target[0, 5:]))
+    mine = continuation_loss(model, ids[:60], tokenizer, 16, 20, 4)
     assert mine == pytest.approx(float(sum(losses).detach()) / 2, rel=1e-5)
 
 
@@ -179,6 +179,7 @@ def test_validation_loss_against_one_row_at_a_time(tokenizer, ids):
         ("steps", {"steps": 0}),
         ("context", {"context": 0}),
         ("length", {"length": 15}),
+        ("overlap", {"overlap": 17}),
         ("continue_rows", {"continue_rows": 0}),
         ("gap_rows", {"gap_rows": -1}),
         ("sample_rows", {"sample_rows": 0}),
