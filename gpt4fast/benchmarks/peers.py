@@ -33,7 +33,9 @@ def build(cell: AttentionCell | ConvTransposeCell, dtype: torch.dtype, threads: 
         inputs = inputs[0], cell.parameters(dtype)
     if "ONNX Runtime" in here and dtype in (torch.float32, torch.float16):
         candidates.append(_guarded("ONNX Runtime", lambda: _onnxruntime(cell, inputs, threads)))
-    if "OpenVINO" in here and dtype == torch.float32:
+    # OpenVINO's attention has no grouped heads; with one query the group can be folded into the rows.
+    grouped = isinstance(cell, AttentionCell) and cell.heads != cell.kv_heads and cell.mode != "decode"
+    if "OpenVINO" in here and dtype == torch.float32 and not grouped:
         candidates.append(_guarded("OpenVINO", lambda: _openvino(cell, inputs, threads)))
     return candidates
 
@@ -142,9 +144,6 @@ def _openvino(cell: AttentionCell | ConvTransposeCell, inputs: tuple, threads: i
 
     if isinstance(cell, AttentionCell):
         query, key, value = inputs
-        if cell.heads != cell.kv_heads and cell.mode != "decode":
-            raise Unavailable("OpenVINO's operator has no grouped heads")
-        # The queries of a group, one each while decoding, become rows of one head.
         rows = query.reshape(cell.batch, cell.kv_heads, -1, cell.head_dim)
         feeds = [rows, key, value]
         parameters = [opset13.parameter(list(t.shape), openvino.Type.f32) for t in feeds]
