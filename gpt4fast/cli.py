@@ -79,7 +79,8 @@ def demo(
     seed: Annotated[int, typer.Option(help="Seed of what is generated.")] = 0,
 ) -> None:
     """The main job end to end: data, GANs on pictures and drums, a text model, generation, and a report."""
-    with _friendly(f"Stopped; what is finished is kept. The same command goes on:  gpt4fast demo --output {output}"):
+    command = f"gpt4fast demo --output {output} --minutes {minutes:g} --threads {threads} --seed {seed}"
+    with _friendly(f"Stopped; what is finished is kept. The same command goes on:\n{command}"):
         from gpt4fast.demo.pipeline import run_demo
 
         run_demo(output, minutes=minutes, threads=threads, seed=seed, console=console)

@@ -143,9 +143,10 @@ def test_interrupt_says_how_to_go_on(run, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(gpt4fast.demo.pipeline, "run_demo", interrupted)
-    result = run("demo", "--output", tmp_path / "run")
+    result = run("demo", "--output", tmp_path / "run", "--minutes", "2.5", "--seed", 3)
     assert result.exit_code == 130
-    assert f"gpt4fast demo --output {tmp_path / 'run'}" in result.output
+    # all settings: other ones would be refused
+    assert f"gpt4fast demo --output {tmp_path / 'run'} --minutes 2.5 --threads 2 --seed 3" in result.output
 
 
 def test_bench_passes_its_options_on(run, tmp_path, monkeypatch):

@@ -35,6 +35,7 @@ def line_chart(
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import MaxNLocator
 
     settings = {
         "svg.fonttype": "none",
@@ -66,6 +67,7 @@ def line_chart(
         axes.grid(axis="y", color=_RULE, linewidth=0.6)
         axes.tick_params(length=0)
         axes.margins(x=0.01)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))  # steps are whole
         if len(series) > 1:
             # above the axes: never over a line
             axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=len(series), frameon=False,
