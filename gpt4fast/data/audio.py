@@ -161,7 +161,7 @@ def augment(
         pitch: largest change of pitch, in semitones up or down.
 
     Returns:
-        (N, samples), a new tensor.
+        (N, samples), a new tensor; no row louder than 1.
     """
     if waves.dim() != 2:
         raise ValueError(f"waves must have shape (N, samples), got {tuple(waves.shape)}")
@@ -175,5 +175,7 @@ def augment(
         wave = resample(waves[row], 1.0, ratio)
         start = int(draws[1, row].item() * (shift + 1))
         piece = wave[: samples - start]
-        result[row, start : start + piece.shape[0]] = piece * (1 - gain * draws[2, row].item())
+        piece = piece * (1 - gain * draws[2, row].item())
+        # A band-limited wave swings a little beyond its samples, and resampling finds out.
+        result[row, start : start + piece.shape[0]] = piece / piece.abs().amax().clamp(min=1)
     return result

@@ -178,7 +178,9 @@ def _check(
         raise ValueError(f"average must be in [0, 1), got {average}")
 
 
-def _measure_batch_norms(generator: nn.Module, latent_dim: int, batch_size: int, seed: int, device: torch.device) -> None:
+def _measure_batch_norms(
+    generator: nn.Module, latent_dim: int, batch_size: int, seed: int, device: torch.device
+) -> None:
     """Averaged weights need statistics of their own: means over 20 batches. Leaves the generator in evaluation mode."""
     norms = [module for module in generator.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     momenta = [module.momentum for module in norms]
