@@ -38,7 +38,7 @@ def generate(
 ) -> torch.Tensor:
     """Draws up to `max_new_tokens` tokens after `input_ids`; returns the new ones (batch, n ≤ max_new_tokens), int64.
 
-    A GPT goes on from `input_ids` (batch, length). An EncoderDecoder reads them with its encoder, and its decoder starts
+    A GPT goes on from `input_ids` (batch, length). An EncoderDecoder reads them with its encoder; its decoder starts
     from `bos_id`, or goes on from `decoder_input_ids` (batch, n). An Encoder goes on like a GPT, with the head that it
     has for `is_causal=True`. Rows of different length are padded on the left (EncoderDecoder: on either side), with
     `attention_mask` (batch, length) True at real tokens. A row ends with `eos_id`, which it keeps, or where `stop(new

@@ -18,8 +18,8 @@ from gpt4fast.training.optimization import clipped_step, make_optimizers, positi
 if TYPE_CHECKING:
     from gpt4fast.data.tokenizer import Tokenizer
 
-#: Rows of a batch by objective. The causal one teaches from every position, the others from 15 to 20 % of them.
-MIX = {"masked": 4, "next": 8, "infill": 4}
+#: Rows of a batch by objective. The causal one teaches from every position, the others from the masked ones.
+MIX = {"masked": 2, "next": 4, "infill": 2}
 
 
 class SamplePool(nn.Module):
@@ -39,11 +39,12 @@ def pretrain_encoder(
     steps: int,
     length: int = 128,
     mix: Mapping[str, int] | None = None,
-    lr: float = 2e-3,
+    mask_rate: float = 0.3,
+    lr: float = 4e-3,
     weight_decay: float = 0.1,
     max_norm: float = 1.0,
     generated: torch.Tensor | None = None,
-    generated_rows: int = 2,
+    generated_rows: int = 1,
     generated_from: float = 0.5,
     validation_ids: torch.Tensor | None = None,
     validate_every: int = 100,
@@ -55,7 +56,8 @@ def pretrain_encoder(
 
     Each batch has `mix` rows (masked, next, infill) of `length` ids from token_ids (total,) int64, and three losses:
     masked language modelling (`masked_lm`), next token with `is_causal=True` (`next_token`) and spans
-    (`span_infilling`), averaged in proportion to their rows.
+    (`span_infilling`), averaged in proportion to their rows. `mask_rate` of the tokens are hidden: more than BERT's
+    15 % teaches a small model faster (Wettig et al. 2023).
 
     From the share `generated_from` of the run on, `generated_rows` of each batch are generated text: `generated`
     (samples, width ≥ length) from any model, then from the first step on; or, where it is None, what the encoder itself
@@ -73,6 +75,8 @@ def pretrain_encoder(
     if set(mix) != set(MIX) or min(mix.values()) < 0 or sum(mix.values()) == 0:
         raise ValueError(f"mix must give rows of {', '.join(MIX)}, at least 0 and not all 0, was {mix}")
     positive(steps=steps, lr=lr, max_norm=max_norm, validate_every=validate_every)
+    if not 0 < mask_rate <= 1:
+        raise ValueError(f"mask_rate must be in (0, 1], was {mask_rate}")
     rows = sum(mix.values())
     if not 0 <= generated_rows <= rows:
         raise ValueError(f"generated_rows must be in [0, {rows}], the rows of a batch, was {generated_rows}")
@@ -106,8 +110,8 @@ def pretrain_encoder(
             logits = encoder(inputs.to(device), is_causal=True).logits
             losses["next"] = token_cross_entropy(logits, labels.to(device))
         if mix["masked"] + mix["infill"]:
-            masked, masked_labels = masked_lm(for_masked, tokenizer)
-            infill, infill_labels = span_infilling(for_infill, tokenizer)
+            masked, masked_labels = masked_lm(for_masked, tokenizer, mask_rate)
+            infill, infill_labels = span_infilling(for_infill, tokenizer, mask_rate)
             logits = encoder(torch.cat([masked, infill]).to(device)).logits
             if mix["masked"]:
                 losses["masked"] = token_cross_entropy(logits[: mix["masked"]], masked_labels.to(device))
@@ -135,6 +139,7 @@ def pretrain_encoder(
             "steps": steps,
             "length": length,
             "mix": mix,
+            "mask_rate": mask_rate,
             "tokens": len(token_ids),
             "generated_rows": generated_rows,
         },

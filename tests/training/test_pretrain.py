@@ -150,6 +150,7 @@ def test_validation_loss_against_one_row_at_a_time(tokenizer, ids):
         ("lr", {"lr": 0.0}),
         ("max_norm", {"max_norm": -1.0}),
         ("validate_every", {"validate_every": 0}),
+        ("mask_rate", {"mask_rate": 0.0}),
         ("mix", {"mix": {"masked": 1}}),
         ("mix", {"mix": {"masked": 0, "next": 0, "infill": 0}}),
         ("generated_rows", {"generated_rows": 99}),
