@@ -23,8 +23,10 @@ from setuptools.command.build import build
 ROOT = Path(__file__).resolve().parent
 TORCH_MINIMUM = (2, 10)
 MODE = os.environ.get("GPT4FAST_BUILD") or "auto"
-if MODE not in ("auto", "on", "off"):
-    sys.exit(f"GPT4FAST_BUILD: expected auto, on or off, but it is {MODE!r}")
+CUDA = os.environ.get("GPT4FAST_CUDA") or "auto"
+for name, value in {"GPT4FAST_BUILD": MODE, "GPT4FAST_CUDA": CUDA}.items():
+    if value not in ("auto", "on", "off"):
+        sys.exit(f"{name}: expected auto, on or off, but it is {value!r}")
 
 
 @functools.cache
@@ -108,14 +110,13 @@ class BuildNative(Command):
         for stale in self.installed():
             stale.unlink()
         reason = self.build()
-        if reason and MODE == "on":
-            sys.exit(f"GPT4FAST_BUILD=on, but the native libraries cannot be built: {reason}")
+        if reason and MODE != "off" and "on" in (MODE, CUDA):
+            asked = "GPT4FAST_BUILD" if MODE == "on" else "GPT4FAST_CUDA"
+            sys.exit(f"{asked}=on, but the native libraries cannot be built: {reason}")
         if reason:
             (self.package() / "pure_python.txt").write_text(reason + "\n")
         if reason and MODE == "auto":
-            text = (
-                f"\nWARNING: gpt4fast installs as pure Python, correct but slower, without native kernels: {reason}\n"
-            )
+            text = f"\nWARNING: gpt4fast installs as pure Python, slower, without native kernels: {reason}\n"
             try:  # on the terminal itself where there is one, because pip hides what a successful build prints
                 Path("/dev/tty").write_text(text)
             except OSError:
@@ -140,16 +141,18 @@ class BuildNative(Command):
             "Python_EXECUTABLE": sys.executable,
             "TORCH_DIR": torch_folder(),
             "PYBIND11_INCLUDE": headers,
-            "GPT4FAST_CUDA": os.environ.get("GPT4FAST_CUDA") or "auto",
+            "GPT4FAST_CUDA": CUDA,
             "GPT4FAST_SANITIZE": os.environ.get("GPT4FAST_SANITIZE") or "off",
         }
-        for arguments in (
-            ["-G", "Ninja", "-S", ROOT, "-B", folder, *(f"-D{name}={value}" for name, value in options.items())],
-            ["--build", folder, "-j", os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(jobs())],
-            ["--install", folder, "--prefix", self.package()],
-        ):
+        define = [f"-D{name}={value}" for name, value in options.items()]
+        steps = {
+            "configure": ["-G", "Ninja", "-S", ROOT, "-B", folder, *define],
+            "build": ["--build", folder, "-j", os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(jobs())],
+            "install": ["--install", folder, "--prefix", self.package()],
+        }
+        for step, arguments in steps.items():
             if subprocess.run([find_program("cmake"), *arguments], check=False).returncode:
-                return f"cmake {arguments[0]} failed (its output: pip install -v)"
+                return f"CMake could not {step} (pip install -v shows why)"
         return None
 
 
