@@ -24,17 +24,48 @@ from gpt4fast.data.audio import fit, read_audio, resample
 from gpt4fast.data.builtin import SAMPLES
 
 # Plays that print speakers' names in full on a line of their own.
-PLAYS = (
-    "as_you_like_it julius_caesar macbeth merchant_of_venice midsummer_nights_dream much_ado_about_nothing othello "
-    "romeo_and_juliet tempest twelfth_night"
-).split()
+PLAYS = [
+    "as_you_like_it",
+    "julius_caesar",
+    "macbeth",
+    "merchant_of_venice",
+    "midsummer_nights_dream",
+    "much_ado_about_nothing",
+    "othello",
+    "romeo_and_juliet",
+    "tempest",
+    "twelfth_night",
+]
 
 # One-shot hits; loops, tunes, glitches and long rolls are left out.
-DRUMS = (
-    "bd_* drum_bass_* drum_heavy_kick drum_snare_* drum_tom_* drum_cymbal_* drum_splash_* drum_cowbell sn_* "
-    "elec_cymbal elec_filt_snare elec_fuzz_tom elec_hi_snare elec_hollow_kick elec_lo_snare elec_mid_snare elec_pop "
-    "elec_snare elec_soft_kick elec_wood elec_flip elec_tick perc_snap perc_snap2 perc_impact* tabla_*"
-).split()
+DRUMS = [
+    "bd_*",
+    "drum_bass_*",
+    "drum_heavy_kick",
+    "drum_snare_*",
+    "drum_tom_*",
+    "drum_cymbal_*",
+    "drum_splash_*",
+    "drum_cowbell",
+    "sn_*",
+    "elec_cymbal",
+    "elec_filt_snare",
+    "elec_fuzz_tom",
+    "elec_hi_snare",
+    "elec_hollow_kick",
+    "elec_lo_snare",
+    "elec_mid_snare",
+    "elec_pop",
+    "elec_snare",
+    "elec_soft_kick",
+    "elec_wood",
+    "elec_flip",
+    "elec_tick",
+    "perc_snap",
+    "perc_snap2",
+    "perc_impact*",
+    "tabla_*",
+]
 
 SAMPLE_RATE, SAMPLES_PER_HIT = 16000, 8192
 

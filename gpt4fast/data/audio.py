@@ -34,6 +34,9 @@ def resample(wave: Tensor, from_rate: float, to_rate: float) -> Tensor:
         return wave
     # Silence behind the end keeps the periodic transform from mixing the tail into the attack.
     padded = length + max(256, length // 8)
+    if float(from_rate).is_integer() and float(to_rate).is_integer():
+        # A whole number of samples at both rates, or the wave would be stretched by a fraction of one.
+        padded = math.ceil(padded / (unit := from_rate // math.gcd(int(from_rate), int(to_rate)))) * int(unit)
     new_padded = round(padded * to_rate / from_rate)
     spectrum = torch.fft.rfft(wave, n=padded)
     bins = min(spectrum.shape[-1], new_padded // 2 + 1)
@@ -59,7 +62,7 @@ def fit(wave: Tensor, samples: int, *, threshold: float = 0.02) -> Tensor:
     piece = wave[start : start + samples]
     result[: piece.shape[0]] = piece / peak * 0.95
     ends = min(piece.shape[0], samples)
-    fade = min(ends, samples // 8)
+    fade = min(ends // 4, samples // 8)
     result[ends - fade : ends] *= 0.5 + 0.5 * torch.cos(torch.linspace(0, math.pi, fade, dtype=wave.dtype))
     return result
 
