@@ -302,6 +302,25 @@ def test_extreme_scores():
         torch.testing.assert_close(attend(query, key, value, scale=scale)[0].double(), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_exponential_to_the_last_places():
+    """Two keys of scores 0 and -x and values 0 and 1: the output is sigmoid(-x)."""
+    x = torch.cat([torch.linspace(0, 87, 5000), torch.logspace(-8, 1.9, 5000)])
+    query, key = torch.ones(len(x), 1, 1, 1), torch.stack([torch.zeros(len(x)), -x], 1).view(-1, 1, 2, 1)
+    out, lse = attend(query, key, torch.tensor([0.0, 1.0]).view(1, 1, 2, 1).expand(len(x), 1, 2, 1))
+    torch.testing.assert_close(out.flatten().double(), (-x.double()).sigmoid(), rtol=3e-7, atol=0)
+    torch.testing.assert_close(lse.flatten().double(), F.softplus(-x.double()), rtol=3e-7, atol=1.5e-7)
+    out, _ = attend(torch.ones(1, 1, 1, 1), torch.tensor([0.0, -200, -3e38]).view(1, 1, 3, 1), torch.ones(1, 1, 3, 1))
+    assert out.item() == 1
+
+
+def test_softcap_to_the_last_places():
+    """One key: the logarithm of the sum is the score itself."""
+    x = torch.logspace(-6, 3, 5000)
+    x = torch.cat([x, -x, torch.linspace(0.5, 0.75, 1000), torch.zeros(1)])
+    _, lse = attend(torch.ones(len(x), 1, 1, 1), x.view(-1, 1, 1, 1), torch.ones(len(x), 1, 1, 1), softcap=2.0)
+    torch.testing.assert_close(lse.flatten().double(), 2 * torch.tanh(x.double() / 2), rtol=4e-7, atol=0)
+
+
 @pytest.mark.parametrize("value", [0.0, 1e-8, 6e-8, 5e-5, 6.2e-5, 1.0, 65504.0, -3e-7])
 def test_float16_subnormals_are_read_exactly(value):
     """One key: the output is the value itself. Both ways of reading: few rows in place, many rows from a copy."""
