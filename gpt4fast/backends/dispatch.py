@@ -151,10 +151,28 @@ def _cuda_conv_transpose(call: dict) -> str | None:
 
 
 def _prefer_attention(call: dict) -> tuple[str, ...]:
+    query = call["query"]
+    tensors = (query, call["key"], call["value"], call["attn_mask"])
+    few = {torch.float16: 16, torch.bfloat16: 1}.get(
+        query.dtype, 0
+    )  # queries: torch upconverts, and does not split keys
+    if call["kv_lengths"] is not None or call["kv_starts"] is not None:
+        few = 8  # torch would need a mask
+    if query.is_cpu and query.shape[2] <= few and not needs_grad(*tensors):
+        return "native", "torch", "reference"
     return "torch", "reference"
 
 
 def _prefer_conv_transpose(call: dict) -> tuple[str, ...]:
+    input, weight = call["input"], call["weight"]
+    tiny = input.shape[0] * input.shape[2:].numel() <= 4 and input.dtype == torch.float32
+    # cuDNN, then one pass of ours instead of two or three of torch's.
+    epilogue = call["scale"] is not None or call["shift"] is not None or call["activation"] is not None
+    if not needs_grad(input, weight, call["bias"], call["scale"], call["shift"]):
+        if input.is_cpu and tiny:
+            return "native", "torch"
+        if input.is_cuda and epilogue:
+            return "cuda", "torch"
     return ("torch",)
 
 

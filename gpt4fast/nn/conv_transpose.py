@@ -73,8 +73,7 @@ class _FusedConvTranspose:
             return output if activation is None else ACTIVATIONS[activation](output, negative_slope)
         scale, shift = inference_affine(norm)
         return self.op(
-            input, self.weight, self.bias, *geometry,
-            scale=scale.to(self.weight.dtype), shift=shift.to(self.weight.dtype),
+            input, self.weight, self.bias, *geometry, scale=scale, shift=shift,
             activation=activation, negative_slope=negative_slope,
         )  # fmt: skip
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 
 import torch
@@ -21,6 +20,7 @@ from .checks import (
     check_tensor,
     describe,
     is_integer,
+    without_autocast,
 )
 
 
@@ -87,12 +87,7 @@ def attention(
 
 def run(call: dict, batch_shape: tuple[int, ...], query: Tensor, impl: str | None):
     """Compute a prepared call and give the result the caller's number of dimensions."""
-    # The operands already have the dtype that autocast wants; inside, float32 accumulation must stay float32.
-    quiet = contextlib.nullcontext()
-    if autocast_dtype(query) is not None:
-        quiet = torch.autocast(query.device.type, enabled=False)
-    with quiet:
-        out, lse = dispatch.run(dispatch.ATTENTION, impl, call)
+    out, lse = without_autocast(lambda: dispatch.run(dispatch.ATTENTION, impl, call), query)
     return_lse = call["return_lse"]
     if query.dim() != 4:
         shape = query.shape[:0] if query.dim() == 2 else (*batch_shape, out.shape[1])

@@ -75,6 +75,8 @@ def check_finite(name: str, value: object) -> None:
 
 def to_tuple(name: str, value: object, dims: int, minimum: int) -> tuple[int, ...]:
     """An int, or a sequence of ``dims`` ints (or of one), as ``dims`` ints, none below ``minimum``."""
+    if type(value) is int and minimum <= value <= 2**31 - 1:  # the common case, four times a call
+        return (value,) * dims
     values = (value,) * dims if is_integer(value) else value
     if not isinstance(values, (tuple, list)) or not all(is_integer(v) for v in values):
         raise TypeError(f"{name} must be an int or {dims} ints, but is {describe(value)}")
@@ -94,7 +96,16 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
 
     As in torch, float64 tensors are left alone.
     """
-    device = tensor.device.type
-    if tensor.dtype == torch.float64 or device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+    if tensor.dtype == torch.float64 or not (tensor.is_cpu or tensor.is_cuda):
         return None
-    return torch.get_autocast_dtype(device)
+    device = "cpu" if tensor.is_cpu else "cuda"
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def without_autocast(compute, tensor: Tensor):
+    """``compute()`` with autocast off for ``tensor``'s device: its operands have the wanted dtype already, and the
+    float32 accumulation inside must stay float32."""
+    if autocast_dtype(tensor) is None:
+        return compute()
+    with torch.autocast(tensor.device.type, enabled=False):
+        return compute()

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 from torch import Tensor
 
 from ..backends import dispatch
 from ..backends.reference.conv_transpose import ACTIVATIONS, output_sizes
-from .checks import autocast_dtype, check_device, check_finite, check_like, check_tensor, describe, is_integer, to_tuple
+from .checks import (
+    autocast_dtype,
+    check_device,
+    check_finite,
+    check_like,
+    check_tensor,
+    describe,
+    is_integer,
+    to_tuple,
+    without_autocast,
+)
 
 Size = int | tuple[int, ...]
 
@@ -29,7 +37,8 @@ def _shared_doc(dims: int) -> str:
         stride, padding, output_padding, dilation: int, or one int per spatial dimension. output_padding must be
             smaller than stride or dilation.
         groups: number of blocked connections from input to output channels.
-        scale, shift: (Cout,), applied after the bias: a batch norm at inference, for instance.
+        scale, shift: (Cout,), applied after the bias: a batch norm at inference, for instance. In input's dtype or
+            float32.
         activation: None, "relu", "leaky_relu", "tanh", "sigmoid", "gelu" (exact) or "silu".
         negative_slope: of leaky_relu.
         impl: "auto" (default), "native", "triton", "cuda", "reference" or "torch"; see ``gpt4fast.explain``.
@@ -91,12 +100,7 @@ conv_transpose3d = _define(3)
 
 def run(call: dict, input: Tensor, dims: int, impl: str | None) -> Tensor:
     """Compute a prepared call and give the result the caller's number of dimensions."""
-    # The operands already have the dtype that autocast wants; inside, float32 accumulation must stay float32.
-    quiet = contextlib.nullcontext()
-    if autocast_dtype(input) is not None:
-        quiet = torch.autocast(input.device.type, enabled=False)
-    with quiet:
-        output = dispatch.run(dispatch.CONV_TRANSPOSE, impl, call)
+    output = without_autocast(lambda: dispatch.run(dispatch.CONV_TRANSPOSE, impl, call), input)
     return output if input.dim() == dims + 2 else output.squeeze(0)
 
 
@@ -127,9 +131,7 @@ def prepare(
         )
     cast = autocast_dtype(input)
     if cast is not None:
-        input, weight, bias, scale, shift = (
-            t.to(cast) if isinstance(t, Tensor) else t for t in (input, weight, bias, scale, shift)
-        )
+        input, weight, bias = (t.to(cast) if isinstance(t, Tensor) else t for t in (input, weight, bias))
     check_like("weight", weight, "input", input)
     if not is_integer(groups):
         raise TypeError(f"groups must be an int, but is {describe(groups)}")
@@ -145,7 +147,9 @@ def prepare(
     for name, vector in (("bias", bias), ("scale", scale), ("shift", shift)):
         if vector is not None:
             check_tensor(name, vector)
-            check_like(name, vector, "input", input)
+            check_device(name, vector, "input", input)
+            if name == "bias" or vector.dtype != torch.float32:
+                check_like(name, vector, "input", input)
             if tuple(vector.shape) != (weight.shape[1] * groups,):
                 expected = f"({weight.shape[1] * groups},), one entry per output channel"
                 raise ValueError(f"{name} must have shape {expected}, but is {describe(vector)}")
@@ -173,7 +177,7 @@ def prepare(
 def _check_output(call: dict) -> None:
     geometry = (call["stride"], call["padding"], call["output_padding"], call["dilation"])
     for s, _, o, d in zip(*geometry, strict=True):
-        if o >= max(s, d):
+        if o >= s and o >= d:
             raise ValueError(
                 f"output_padding must be smaller than stride or dilation, but is {call['output_padding']} with "
                 f"stride {call['stride']} and dilation {call['dilation']}"

@@ -91,6 +91,7 @@ BAD_CONV = [
     ("dilation", {"dilation": [True, 1]}),
     ("stride", {"stride": 2**31 - 1}),
     ("scale", {"scale": t(4)}),
+    ("scale", {"scale": t(3, dtype=torch.float16)}),
     ("shift", {"shift": t(3, dtype=torch.float64)}),
     ("activation", {"activation": "swish"}),
     ("activation", {"activation": 2}),

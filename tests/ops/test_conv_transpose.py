@@ -113,6 +113,28 @@ def test_epilogue(impl, activation, given_affine):
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("which", ["both", "scale", "shift"])
+def test_half_input_with_float32_scale_and_shift(impl, requires_grad, which):
+    """What a batch norm of a half-type model computes in: one rounding after it, values and gradients."""
+    (input, weight, bias), geometry = operands("doubling", torch.bfloat16, requires_grad)
+    scale, shift = affine(6, torch.float32, requires_grad)
+    scale, shift = (scale if which != "shift" else None), (shift if which != "scale" else None)
+    got = gpt4fast.conv_transpose2d(
+        input, weight, bias, *geometry, scale=scale, shift=shift, activation="silu", impl=impl
+    )
+    exact = F.conv_transpose2d(input.double(), weight.double(), bias.double(), *geometry)
+    exact = finish(exact, torch.ones(6) if scale is None else scale, torch.zeros(6) if shift is None else shift, "silu")
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.double(), exact, rtol=0.02, atol=0.05)
+    if requires_grad:
+        inputs = [t for t in (input, weight, bias, scale, shift) if t is not None]
+        for ours, truth in zip(*(torch.autograd.grad(t.sum(), inputs) for t in (got, exact)), strict=True):
+            assert ours.dtype == truth.dtype
+            torch.testing.assert_close(ours, truth, rtol=0.05, atol=0.3)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("case", ["doubling", "groups", "dilation", "1-D", "3-D grouped"])
 @pytest.mark.parametrize("activation", [None, "leaky_relu", "tanh", "gelu"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

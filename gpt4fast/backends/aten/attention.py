@@ -58,12 +58,19 @@ def _attend(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float, is_causal: bool, scale: float
 ) -> Tensor:
     inputs = (query, key, value, mask)
-    # Dropout, torch.compile and function transforms take torch's call as it is: with dropout torch runs its formula,
-    # which has every derivative; the other two offer no second backward anyway.
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-    if not needs_grad or dropout_p or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    # torch.compile and function transforms offer no second backward anyway, and torch's formula has every derivative.
+    if not needs_grad or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return _sdpa(*inputs, dropout_p, is_causal, scale)
-    return _TwiceDifferentiable.apply(*inputs, is_causal, scale)
+    grouped = query.shape[1] != key.shape[1]
+    choice = torch._fused_sdp_choice(*inputs, dropout_p, is_causal, scale=scale, enable_gqa=grouped)
+    if choice == _FORMULA or dropout_p:
+        return _sdpa(*inputs, dropout_p, is_causal, scale)
+    simple = query.is_cpu and not grouped and (mask is None or mask.dtype == query.dtype)
+    return _TwiceDifferentiable.apply(*inputs, is_causal, scale, simple and choice == _FLASH)
+
+
+_FORMULA, _FLASH = 0, 1  # of torch.nn.attention.SDPBackend
 
 
 def _sdpa(query, key, value, mask, dropout_p, is_causal, scale):
@@ -74,27 +81,43 @@ def _sdpa(query, key, value, mask, dropout_p, is_causal, scale):
 
 
 class _TwiceDifferentiable(torch.autograd.Function):
-    """Torch's fused kernels have no second derivative: a backward that must be differentiable runs the reference."""
+    """Torch's fused kernels have no second derivative: a backward that must be differentiable runs the reference.
+
+    Otherwise torch's own backward runs: called directly for the CPU kernel where nothing needs converting (twice as
+    quick on tiny tensors), elsewhere through the graph of torch's forward.
+    """
 
     @staticmethod
-    def forward(ctx, query, key, value, mask, is_causal, scale):
-        ctx.save_for_backward(query, key, value, mask)
+    def forward(ctx, query, key, value, mask, is_causal, scale, directly):
         ctx.settings = is_causal, scale
+        if directly:
+            ctx.graph = None
+            out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                query, key, value, 0.0, is_causal, attn_mask=mask, scale=scale
+            )
+            ctx.save_for_backward(query, key, value, mask, out, lse)
+            return out
+        ctx.save_for_backward(query, key, value, mask)
         with torch.enable_grad():
-            ctx.inputs = [
-                t if t is None else t.detach().requires_grad_(t.requires_grad) for t in (query, key, value, mask)
-            ]
-            ctx.out = _sdpa(*ctx.inputs, 0.0, is_causal, scale)
-        return ctx.out.detach()
+            inputs = [t if t is None else t.detach().requires_grad_(t.requires_grad) for t in (query, key, value, mask)]
+            ctx.graph = inputs, _sdpa(*inputs, 0.0, is_causal, scale)
+        return ctx.graph[1].detach()
 
     @staticmethod
     def backward(ctx, grad_out):
+        is_causal, scale = ctx.settings
         differentiable = torch.is_grad_enabled()
-        inputs, out = ctx.inputs, ctx.out
+        query, key, value, mask, *saved = ctx.saved_tensors
+        if ctx.graph is None and not differentiable:
+            grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                grad_out, query, key, value, *saved, 0.0, is_causal, attn_mask=mask, scale=scale
+            )
+            return *grads, None, None, None, None
         if differentiable:
-            is_causal, scale = ctx.settings
-            inputs = ctx.saved_tensors
+            inputs = query, key, value, mask
             out, _ = reference.attention(*inputs, 0.0, is_causal, scale, 0, None, None, None, 0.0, None, False)
+        else:
+            inputs, out = ctx.graph
         wanted = [t for t, needed in zip(inputs, ctx.needs_input_grad, strict=False) if needed]
         grads = iter(torch.autograd.grad(out, wanted, grad_out, retain_graph=True, create_graph=differentiable))
-        return *(next(grads) if needed else None for needed in ctx.needs_input_grad[:4]), None, None
+        return *(next(grads) if needed else None for needed in ctx.needs_input_grad[:4]), None, None, None

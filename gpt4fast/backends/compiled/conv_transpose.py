@@ -105,11 +105,11 @@ def _affine_backward(grad, output, bias, scale, shift, activation, negative_slop
     others = [0, *range(2, output.dim())]
     biased = output if bias is None else output + bias.view(shape)
     if activation != "none":
-        affine = epilogue(biased, scale, shift, None, 0.0)
+        affine = epilogue(biased, scale, shift, None, 0.0).to(output.dtype)
         grad = grad * _activation_gradient(affine, activation, negative_slope)
-    grad_shift = None if shift is None else grad.sum(others)
-    grad_scale = None if scale is None else (grad * biased).sum(others)
-    grad_output = grad if scale is None else grad * scale.view(shape)
+    grad_shift = None if shift is None else grad.sum(others).to(shift.dtype)
+    grad_scale = None if scale is None else (grad * biased).sum(others).to(scale.dtype)
+    grad_output = grad if scale is None else (grad * scale.view(shape)).to(output.dtype)
     grad_bias = None if bias is None else grad_output.sum(others)
     return grad_output, grad_bias, grad_scale, grad_shift
 

@@ -58,7 +58,9 @@ def epilogue(
     """``activation(scale * output + shift)``, scale and shift (Cout,) along dimension 1."""
     shape = (-1, *(1,) * (output.dim() - 2))
     if scale is not None:
-        output = output * scale.view(shape)
+        # Channels last in the product: torch 2.13's inductor, with freezing, folds output * scale.view(shape) into the
+        # wrong axis of a transposed convolution's weight.
+        output = (output.movedim(1, -1) * scale).movedim(-1, 1)
     if shift is not None:
         output = output + shift.view(shape)
     return output if activation is None else ACTIVATIONS[activation](output, negative_slope)
