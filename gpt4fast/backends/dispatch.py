@@ -166,13 +166,8 @@ def _prefer_attention(call: dict) -> tuple[str, ...]:
 def _prefer_conv_transpose(call: dict) -> tuple[str, ...]:
     input, weight = call["input"], call["weight"]
     tiny = input.shape[0] * input.shape[2:].numel() <= 4 and input.dtype == torch.float32
-    # cuDNN, then one pass of ours instead of two or three of torch's.
-    epilogue = call["scale"] is not None or call["shift"] is not None or call["activation"] is not None
-    if not needs_grad(input, weight, call["bias"], call["scale"], call["shift"]):
-        if input.is_cpu and tiny:
-            return "native", "torch"
-        if input.is_cuda and epilogue:
-            return "cuda", "torch"
+    if input.is_cpu and tiny and not needs_grad(input, weight, call["bias"], call["scale"], call["shift"]):
+        return "native", "torch"
     return ("torch",)
 
 
