@@ -176,7 +176,7 @@ def test_copies_pickles_and_compiles() -> None:
 
 
 def test_bad_options_are_named() -> None:
-    with pytest.raises(ValueError, match='norm must be None or "batch", but is \'layer\''):
+    with pytest.raises(ValueError, match="norm must be None or \"batch\", but is 'layer'"):
         gpt4fast.nn.ConvTranspose2d(3, 4, 3, norm="layer")
     with pytest.raises(ValueError, match="activation must be None or one of relu.*but is 'swish'"):
         gpt4fast.nn.ConvTranspose2d(3, 4, 3, activation="swish")
