@@ -56,8 +56,16 @@ $(BIN)/ruff: $(BIN)/python
 	$(BIN)/pip install -q ruff clang-format
 	@touch $@
 
-gpu: install  ## everything that needs an NVIDIA GPU: build, tests, sanitizer, speed table and JSON
-	@$(BIN)/python tools/gpu.py
+gpu:  ## everything that needs an NVIDIA GPU: build, tests, compute-sanitizer, speed tables and JSON in bench-output
+	@nvidia-smi -L >/dev/null 2>&1 || { echo "make gpu: nvidia-smi finds no NVIDIA GPU here; nothing was run"; exit 1; }
+	@$(MAKE) install GPT4FAST_BUILD=on GPT4FAST_CUDA=on
+	@$(BIN)/python -c "import torch; torch.cuda.is_available() or exit('make gpu: torch ' + torch.__version__ + ' sees no GPU; nothing was run')"
+	$(BIN)/python -m pytest -q -m gpu
+	@if command -v compute-sanitizer >/dev/null; then \
+	  compute-sanitizer --error-exitcode 1 $(BIN)/python -m pytest -q -m gpu tests/csrc; \
+	else echo "compute-sanitizer is not installed: not run"; fi
+	$(BIN)/python tools/time_affine_activation.py --output bench-output/gpu/affine_activation.json
+	$(BIN)/python -c "import pathlib, gpt4fast.bench; gpt4fast.bench.gpu_table(pathlib.Path('bench-output/gpu'))"
 
 sanitize: install  ## the operators' tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	GPT4FAST_BUILD=on GPT4FAST_CUDA=off GPT4FAST_SANITIZE=on \

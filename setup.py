@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent
 TORCH_MINIMUM = (2, 10)
 MODE = os.environ.get("GPT4FAST_BUILD") or "auto"
 CUDA = os.environ.get("GPT4FAST_CUDA") or "auto"
+SANITIZE = os.environ.get("GPT4FAST_SANITIZE") or "off"
 for name, value in {"GPT4FAST_BUILD": MODE, "GPT4FAST_CUDA": CUDA}.items():
     if value not in ("auto", "on", "off"):
         sys.exit(f"{name}: expected auto, on or off, but it is {value!r}")
@@ -55,8 +56,7 @@ def find_program(*names: str) -> str | None:
 @functools.cache
 def compiler() -> str | None:
     """A C++ compiler that knows C++20: $CXX where it is set, and no other then."""
-    name = os.environ.get("CXX")
-    program = find_program(*([name.split()[0]] if name else ["c++", "g++", "clang++"]))
+    program = find_program(*(os.environ.get("CXX", "").split()[:1] or ["c++", "g++", "clang++"]))
     if program:
         probe = [program, "-std=c++20", "-x", "c++", "-fsyntax-only", "-"]
         if subprocess.run(probe, input=b"#include <concepts>\n", capture_output=True, check=False).returncode:
@@ -130,9 +130,9 @@ class BuildNative(Command):
             return "missing " + ", ".join(missing)
         import pybind11
 
-        # Kept, so that a second build compiles only what changed. pybind11 is copied into it because pip's isolated
-        # environment is a new folder every time, and a new path would recompile.
-        folder = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+        # Kept, so that a second build compiles only what changed. pybind11 is copied into it: pip isolates a build in
+        # a folder of another name every time, and that would recompile.
+        folder = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}-sanitize-{SANITIZE}"
         headers = folder / f"pybind11-{pybind11.__version__}"
         if not headers.is_dir():
             shutil.copytree(pybind11.get_include(), headers)
@@ -142,7 +142,7 @@ class BuildNative(Command):
             "TORCH_DIR": torch_folder(),
             "PYBIND11_INCLUDE": headers,
             "GPT4FAST_CUDA": CUDA,
-            "GPT4FAST_SANITIZE": os.environ.get("GPT4FAST_SANITIZE") or "off",
+            "GPT4FAST_SANITIZE": SANITIZE,
         }
         define = [f"-D{name}={value}" for name, value in options.items()]
         steps = {

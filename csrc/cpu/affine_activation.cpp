@@ -11,7 +11,7 @@ namespace {
 using torch::stable::Tensor;
 
 // Below this many elements a second thread costs more than it saves.
-constexpr int64_t kGrain = 16384;
+constexpr int64_t kGrain = 32768;
 
 template <typename scalar_t, Activation kActivation>
 void transform(const AffineActivationParams& params, int64_t begin, int64_t end) {

@@ -24,7 +24,7 @@ X = torch.zeros(2, 3, 4)
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 # Odd sizes, one element, planes shorter than a 16-byte vector, and sizes that several threads share.
 SHAPES = [(2, 3), (5, 1), (1, 7), (3, 5, 1), (2, 3, 17), (2, 8, 5, 7), (3, 65, 33, 9), (1, 2, 3, 5, 7), (2, 4, 1, 1, 3)]
-LARGE = (3, 37, 41, 29)  # more elements than one thread takes, its chunks ending in the middle of a plane
+LARGE = (3, 37, 41, 29)  # 131,979 elements: several threads, whose parts end in the middle of a plane
 
 
 def affine_activation(x, bias=None, scale=None, shift=None, activation="none", negative_slope=0.2):
