@@ -51,6 +51,16 @@ class HiddenDiscriminator(nn.Module):
         return self.score(features).squeeze(1), features
 
 
+def critic_loss(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
+    """Logistic loss of the discriminator's logits: small where real ones are above 0 and fake ones below."""
+    return F.softplus(-real).mean() + F.softplus(fake).mean()
+
+
+def fooling_loss(fake: torch.Tensor) -> torch.Tensor:
+    """The non-saturating loss of who made the fakes (Goodfellow et al. 2014): small where their logits are above 0."""
+    return F.softplus(-fake).mean()
+
+
 def warm_start_decoder(model: EncoderDecoder) -> None:
     """Copies the encoder's blocks into the decoder (Rothe et al. 2020) and lets cross attention begin at zero.
 
@@ -164,7 +174,7 @@ def finetune_decoder(
         real_score, _ = discriminator(real)
         fake_score, _ = discriminator(fake.detach())
         accuracy = float(torch.cat([real_score > 0, fake_score < 0]).float().mean())
-        critic = F.softplus(-real_score).mean() + F.softplus(fake_score).mean()
+        critic = critic_loss(real_score, fake_score)
         if accuracy < 0.99:
             critic_optimizer.zero_grad()
             critic.backward()
@@ -173,7 +183,7 @@ def finetune_decoder(
         score, features = discriminator(fake)
         _, wanted = discriminator(real)
         discriminator.requires_grad_(True)
-        fooling = F.softplus(-score).mean()
+        fooling = fooling_loss(score)
         matching = (features.mean(0) - wanted.mean(0)).square().mean()
         metrics |= {"critic": float(critic.detach()), "critic_accuracy": accuracy}
         metrics |= {"adversarial": float(fooling.detach()), "features": float(matching.detach())}

@@ -96,6 +96,16 @@ def test_left_padding_changes_nothing(gpt):
         assert torch.equal(alone[0], new)
 
 
+def test_padding_does_not_count_as_seen(gpt):
+    row = torch.randint(40, (1, 5))
+    alone = generate(gpt, row, max_new_tokens=6, temperature=0, repetition_penalty=50.0)
+    # Padded with the very token that would come first: taken as seen, it would be pushed away.
+    ids = torch.cat([alone[:, :1].expand(1, 3), row], 1)
+    mask = torch.arange(8)[None] >= 3
+    padded = generate(gpt, ids, max_new_tokens=6, attention_mask=mask, temperature=0, repetition_penalty=50.0)
+    assert torch.equal(padded, alone)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_encoder_padding_changes_nothing(encoder_decoder, side):
     rows = [torch.randint(40, (n,)) for n in (3, 8)]

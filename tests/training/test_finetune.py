@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch.nn import functional as F
 
 from gpt4fast.data.tokenizer import Tokenizer
 from gpt4fast.models import EncoderConfig, EncoderDecoder, EncoderDecoderConfig
+from gpt4fast.training import finetune
 from gpt4fast.training.finetune import (
     HiddenDiscriminator,
     HiddenStates,
     continuation_loss,
+    critic_loss,
     finetune_decoder,
+    fooling_loss,
     warm_start_decoder,
 )
 
@@ -126,6 +131,37 @@ def test_without_adversary_nothing_is_generated(tokenizer, ids, tmp_path, monkey
     assert all("critic" not in row for row in history)
 
 
+def test_gaps_are_also_filled_in_generated_text(tokenizer, ids, tmp_path, monkeypatch):
+    mark = int(tokenizer.encode("z")[0])  # not in the text: only the stand-in generator writes it
+    assert mark not in ids
+    seen = []
+    original = finetune.gap_filling
+
+    def write(model, source, *, max_new_tokens, **kwargs):
+        return torch.full((len(source), max_new_tokens), mark)
+
+    def spy(rows, *args):
+        seen.append(rows.clone())
+        return original(rows, *args)
+
+    monkeypatch.setattr(finetune, "generate", write)
+    monkeypatch.setattr(finetune, "gap_filling", spy)
+    settings = dict(steps=12, adversarial_from=0.5, adversarial_every=3, sample_every=3, **SETTINGS)
+    finetune_decoder(make_model(tokenizer), ids, tokenizer, tmp_path, **settings)
+    early, late = torch.cat(seen[:6]), torch.cat(seen[6:])
+    assert (early[:, 0] == tokenizer.bos_id).all() and not (early == mark).any()
+    tagged = late[:, 0] == tokenizer.generated_id
+    assert tagged.sum() == 6  # one row in four
+    assert (late[tagged] == mark).any() and not (late[~tagged] == mark).any()
+
+
+def test_losses_of_critic_and_decoder():
+    assert float(critic_loss(torch.tensor([9.0, 9.0]), torch.tensor([-9.0]))) < 1e-3
+    assert float(critic_loss(torch.tensor([0.0]), torch.tensor([0.0]))) == pytest.approx(2 * math.log(2))
+    assert float(critic_loss(torch.tensor([-9.0]), torch.tensor([9.0]))) > 17
+    assert float(fooling_loss(torch.tensor([9.0]))) < 1e-3 < 8 < float(fooling_loss(torch.tensor([-9.0])))
+
+
 def test_adversarial_gradient_reaches_the_decoder_and_not_the_critic(tokenizer, ids, tmp_path):
     """With the self-supervised gradient out of the way, the decoder moves; the critic does not."""
     model = make_model(tokenizer)
@@ -136,7 +172,7 @@ def test_adversarial_gradient_reaches_the_decoder_and_not_the_critic(tokenizer, 
     critic = HiddenDiscriminator(32)
     critic.requires_grad_(False)
     score, _ = critic(hidden.value)
-    F.softplus(-score).mean().backward()
+    fooling_loss(score).backward()
     assert all(p.grad is None for p in critic.parameters())
     moved = [name for name, p in model.named_parameters() if p.grad is not None and bool(p.grad.any())]
     assert any("decoder.blocks.0.attention" in name for name in moved)
@@ -151,7 +187,7 @@ def test_the_critic_learns_to_tell_two_kinds_of_hidden_states_apart():
         # Equal mean and variance at each position: only the movement from token to token differs.
         rough = torch.randn(16, 24, 8)
         smooth = torch.randn(16, 6, 8).repeat_interleave(4, 1)
-        loss = F.softplus(-critic(rough)[0]).mean() + F.softplus(critic(smooth)[0]).mean()
+        loss = critic_loss(critic(rough)[0], critic(smooth)[0])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
