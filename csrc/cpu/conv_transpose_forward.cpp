@@ -7,7 +7,6 @@
 #include <algorithm>
 #include <array>
 #include <optional>
-#include <string>
 #include <type_traits>
 #include <vector>
 
@@ -18,6 +17,7 @@
 #include "../common/activation.h"
 #include "../common/checks.h"
 #include "../common/dtypes.h"
+#include "../common/strings.h"
 #include "conv_transpose_phases.h"
 #include "conv_transpose_plan.h"
 #include "conv_transpose_points.h"
@@ -26,6 +26,7 @@ namespace gpt4fast::cpu {
 namespace {
 
 constexpr int64_t kPackedPixels = 64;
+constexpr int64_t kPackedChannels = 8;  // lines that a cache set surely holds, whatever the strides
 
 // Copies the input to floats with its channels adjacent, (N, D, H, W, pixel_step); channels that pad a group are 0.
 template <typename scalar_t>
@@ -34,21 +35,25 @@ void copy_input(const ConvTransposeForwardParams& p, const Plan& plan, float* ta
   const int64_t pieces = (width + kPackedPixels - 1) / kPackedPixels;
   const int64_t padded = plan.method == Method::few_outputs ? plan.depth : plan.group_inputs;
   share(p.batch * p.in_size[0] * p.in_size[1] * pieces, threads, [&](int64_t task, int64_t) {
-    const int64_t row = task / pieces, first = task % pieces * kPackedPixels;
-    const int64_t count = std::min(kPackedPixels, width - first);
+    const int64_t row = task / pieces, start = task % pieces * kPackedPixels;
+    const int64_t count = std::min(kPackedPixels, width - start);
     const auto* source = static_cast<const scalar_t*>(p.input) +
                          row / p.in_size[1] / p.in_size[0] * p.input_strides[0] +
                          row / p.in_size[1] % p.in_size[0] * p.input_strides[2] +
-                         row % p.in_size[1] * p.input_strides[3] + first * p.input_strides[4];
-    float* to = target + (row * width + first) * plan.pixel_step;
+                         row % p.in_size[1] * p.input_strides[3] + start * p.input_strides[4];
+    float* to = target + (row * width + start) * plan.pixel_step;
     if (plan.pixel_step != p.in_channels) {
       std::fill(to, to + count * plan.pixel_step, 0.0f);
     }
     for (int64_t group = 0; group < p.groups; ++group) {
-      for (int64_t c = 0; c < plan.group_inputs; ++c) {
-        const scalar_t* from = source + (group * plan.group_inputs + c) * p.input_strides[1];
+      const scalar_t* from = source + group * plan.group_inputs * p.input_strides[1];
+      for (int64_t first = 0; first < plan.group_inputs; first += kPackedChannels) {
+        const int64_t last = std::min(first + kPackedChannels, plan.group_inputs);
         for (int64_t i = 0; i < count; ++i) {
-          to[i * plan.pixel_step + group * padded + c] = static_cast<float>(from[i * p.input_strides[4]]);
+          for (int64_t c = first; c < last; ++c) {
+            to[i * plan.pixel_step + group * padded + c] =
+                static_cast<float>(from[c * p.input_strides[1] + i * p.input_strides[4]]);
+          }
         }
       }
     }
@@ -61,34 +66,35 @@ void pack_weight(const ConvTransposeForwardParams& p, const Plan& plan, float* p
   const int64_t group_blocks = plan.blocks / std::min(p.groups, plan.blocks);
   share(plan.blocks, threads, [&](int64_t block, int64_t) {
     float* target = packed + block * taps * plan.tap_step;
-    std::fill(target, target + taps * plan.tap_step, 0.0f);
-    const auto copy = [&](int64_t in, int64_t out, int64_t at) {
+    // All taps of count neighbouring lanes. The lanes are the inner loop: taps lie a power of two apart in the packed
+    // weight, too many of them for the ways of a cache set.
+    const auto copy = [&](int64_t in, int64_t out, int64_t axis, int64_t count, float* to, int64_t to_step) {
       const auto* source =
           static_cast<const scalar_t*>(p.weight) + in * p.weight_strides[0] + out * p.weight_strides[1];
-      float* to = target + at;
       for (int64_t d = 0; d < p.kernel[0]; ++d) {
         for (int64_t h = 0; h < p.kernel[1]; ++h) {
           for (int64_t w = 0; w < p.kernel[2]; ++w, to += plan.tap_step) {
-            *to =
-                static_cast<float>(source[d * p.weight_strides[2] + h * p.weight_strides[3] + w * p.weight_strides[4]]);
+            const scalar_t* from = source + d * p.weight_strides[2] + h * p.weight_strides[3] + w * p.weight_strides[4];
+            for (int64_t i = 0; i < count; ++i) {
+              to[i * to_step] = static_cast<float>(from[i * p.weight_strides[axis]]);
+            }
           }
         }
       }
     };
-    if (plan.method == Method::depthwise) {
-      for (int64_t c = 0; c < std::min(kChannelBlock, p.out_channels - block * kChannelBlock); ++c) {
-        copy(block * kChannelBlock + c, 0, c);
-      }
-      return;
+    const bool few = plan.method == Method::few_outputs, depthwise = plan.method == Method::depthwise;
+    const int64_t group = depthwise ? 0 : block / group_blocks;
+    const int64_t first = (depthwise ? block : block % group_blocks) * plan.block_outputs;
+    const int64_t lanes = std::min(plan.block_outputs, (depthwise ? p.out_channels : plan.group_outputs) - first);
+    if (lanes < plan.block_outputs || plan.depth != plan.group_inputs) {
+      std::fill(target, target + taps * plan.tap_step, 0.0f);
     }
-    const int64_t group = block / group_blocks;
-    const int64_t first = block % group_blocks * plan.block_outputs;
-    const int64_t outputs = std::min(plan.block_outputs, plan.group_outputs - first);
+    if (depthwise) {
+      return copy(first, 0, 0, lanes, target, 1);
+    }
     for (int64_t c = 0; c < plan.group_inputs; ++c) {
-      for (int64_t out = 0; out < outputs; ++out) {
-        copy(group * plan.group_inputs + c, first + out,
-             plan.method == Method::few_outputs ? out * plan.depth + c : c * kChannelBlock + out);
-      }
+      copy(group * plan.group_inputs + c, first, 1, lanes, target + (few ? c : c * kChannelBlock),
+           few ? plan.depth : 1);
     }
   });
 }
@@ -216,8 +222,10 @@ void read_channels(const std::optional<Tensor>& values, const char* name, int64_
 Tensor forward(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
                const std::vector<int64_t>& output_padding, int64_t groups, const std::vector<int64_t>& dilation,
-               const std::optional<Tensor>& scale, const std::optional<Tensor>& shift, const std::string& activation,
+               const std::optional<Tensor>& scale, const std::optional<Tensor>& shift, StringHandle activation,
                double negative_slope, bool channels_last) {
+  ConvTransposeForwardParams p{};
+  p.activation = parse_activation(take_string(activation));  // first: a failed check must not lose the string
   CHECK_CPU(input);
   CHECK_CPU(weight);
   STD_TORCH_CHECK(3 <= input.dim() && input.dim() <= 5, "expected input to have 3 to 5 dimensions, but its shape is ",
@@ -228,7 +236,6 @@ Tensor forward(const Tensor& input, const Tensor& weight, const std::optional<Te
   const int64_t dims = input.dim() - 2;
   STD_TORCH_CHECK(!channels_last || dims > 1, "expected channels_last to be False for 1 spatial dimension");
 
-  ConvTransposeForwardParams p{};
   for (auto* sizes : {&p.in_size, &p.kernel, &p.out_size, &p.stride, &p.dilation}) {
     std::fill_n(*sizes, 3, 1);
   }
@@ -280,7 +287,6 @@ Tensor forward(const Tensor& input, const Tensor& weight, const std::optional<Te
   copy_strides(weight, p.weight_strides);
   p.input = input.const_data_ptr();
   p.weight = weight.const_data_ptr();
-  p.activation = parse_activation(activation);
   p.negative_slope = static_cast<float>(negative_slope);
 
   return DTYPE_SWITCH(input.scalar_type(), "input", scalar_t, [&] {

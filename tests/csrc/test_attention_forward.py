@@ -429,7 +429,7 @@ def test_window_and_offset_do_not_overflow():
     assert torch.equal(out, expected[0])
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_random_calls(data):
     torch.manual_seed(data.draw(st.integers(0, 2**31), "seed"))

@@ -290,7 +290,7 @@ def test_outputs_too_large_to_allocate_raise():
             convolve(torch.zeros(1, 4, 5, 5, 5), torch.zeros(4, 6, 3, 3, 3), **options)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_random_calls(data):
     draw = data.draw
