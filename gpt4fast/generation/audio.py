@@ -14,7 +14,7 @@ from gpt4fast.generation.images import run_in_eval
 __all__ = ["plot_spectrograms", "sample_audio", "spectrogram", "write_wav"]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def sample_audio(generator: nn.Module, count: int, seed: int) -> torch.Tensor:
     """`count` sounds (count, samples) float32 in [-1, 1] on the CPU; the same seed gives the same latents."""
     if count < 1:

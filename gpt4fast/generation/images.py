@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def sample_images(generator: nn.Module, count: int, seed: int) -> torch.Tensor:
     """`count` images (count, channels, height, width), float32 in [-1, 1], on the CPU; a seed fixes the latents."""
     if count < 1:

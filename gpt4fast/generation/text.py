@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from gpt4fast.data.tokenizer import Tokenizer
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def generate(
     model: GPT | EncoderDecoder | Encoder,
     input_ids: torch.Tensor,

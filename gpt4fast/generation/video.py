@@ -34,7 +34,7 @@ def interpolate_latents(anchors: torch.Tensor, steps: int) -> torch.Tensor:
     return walk.transpose(0, 1).flatten(0, 1)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def latent_walk(
     generator: nn.Module,
     path: str | os.PathLike,

@@ -17,7 +17,7 @@ from gpt4fast.training.pretrain import pretrain_encoder
 Progress = Callable[[int, int, dict], None]
 VOCABULARY = 1024
 ENCODER_STEPS = 900
-DECODER_STEPS = 700
+DECODER_STEPS = 550
 
 
 def encoder_config(vocab_size: int) -> EncoderConfig:
