@@ -192,7 +192,12 @@ def _fits(conv: nn.Module, norm: nn.Module) -> bool:
         and norm.running_mean is not None
         and norm.num_features == conv.out_channels
         and norm.running_mean.device == conv.weight.device
+        and norm.running_mean.dtype in (conv.weight.dtype, _float32_of_half(conv.weight.dtype))
     )
+
+
+def _float32_of_half(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
 def activation_name(module: nn.Module) -> str | None:

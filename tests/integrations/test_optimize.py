@@ -137,6 +137,33 @@ def test_inference_in_other_dtypes_is_as_good_as_torchs(name, dtype) -> None:
 
 
 @pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_autocast(name, training) -> None:
+    make, shape = MODELS[name]
+    model, x = make().eval(), torch.randn(shape)
+    fast = gpt4fast.optimize(model, training=training).eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, out = model(x), fast(x)
+    assert out.dtype == expected.dtype
+    exact = model(x)
+    allowed = 2 * (expected - exact).abs().max() + 0.02 * exact.abs().max()
+    assert (out - exact).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_half_convolutions_with_float32_norms(training) -> None:
+    model = dcgan().eval()
+    x = torch.randn(2, 16, 2, 2)
+    exact = model(x)
+    for module in model:
+        module.to(torch.float32 if isinstance(module, nn.BatchNorm2d) else torch.bfloat16)
+    fast = gpt4fast.optimize(model, training=training).eval()
+    expected, out = model(x.bfloat16()), fast(x.bfloat16())
+    assert out.dtype == expected.dtype == torch.bfloat16
+    assert (out - exact).abs().max() <= 2 * (expected - exact).abs().max() + 0.02
+
+
+@pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_each_activation_is_merged(name, norm, training, calls) -> None:
