@@ -14,7 +14,8 @@ from torch import nn
 
 import gpt4fast
 from gpt4fast.backends import dispatch
-from gpt4fast.integrations.optimize import FastForward, Merged, MergedSequential
+from gpt4fast.integrations.callers import FastForward
+from gpt4fast.integrations.merge import Merged, MergedSequential
 
 ACTIVATIONS = {
     "none": nn.Identity,
@@ -387,6 +388,7 @@ class Attention(nn.Module):
     def split(self, x):
         return (t.unflatten(-1, (4, 4)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
 
+    @torch.autocast("cpu", enabled=False)  # a decorator hides the code
     def forward(self, x, *, causal: bool = True):
         return attend(*self.split(x), causal).transpose(1, 2).flatten(2)
 
