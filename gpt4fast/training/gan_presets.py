@@ -70,6 +70,7 @@ def drums_gan(
         # The discriminator must stay ahead: at equal rates, or with no momentum, all hits become one.
         lr=(5e-4, 1e-3),
         betas=(0.5, 0.99),
+        r1=0.2,
         r1_every=8,
         progress=progress,
     )

@@ -16,6 +16,15 @@ from gpt4fast.training.loop import Loop
 STEPS = 11
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Networks this small gain nothing from a second thread, and on a busy machine would wait for it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def make(folder, steps=STEPS, every=4, lr=0.01, width=8, **options):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Dropout(0.3), nn.Linear(width, 1))

@@ -9,6 +9,15 @@ from gpt4fast.data import load_digits, load_drums
 from gpt4fast.training.metrics import log_mel, nearest_distances, score_drums, spoiled_digits, train_digit_judge
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Networks this small gain nothing from a second thread, and on a busy machine would wait for it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def judge():
     return train_digit_judge(steps=300)
