@@ -176,7 +176,9 @@ def continue_text(
     after `max_new_tokens`, at `<eos>`, or before the first of the strings in `stop`. `on_text` gets the text piece by
     piece as it is written. `sampling`: temperature, top_k, top_p, min_p, repetition_penalty.
     """
-    ids = tokenizer.encode(prompt).tolist()
+    # A token usually begins with the space before its word: after a lone space the model would start within a word.
+    stem = prompt.rstrip(" ")
+    ids = tokenizer.encode(stem).tolist()
     written: list[int] = []
     shown = 0
     device = next(model.parameters()).device
@@ -185,6 +187,8 @@ def continue_text(
 
     def text_so_far(tokens: list[int]) -> str:
         text = tokenizer.decode(tokens)
+        if stem != prompt:
+            text = text.removeprefix(" ")
         cuts = [text.index(word) for word in stop if word in text]
         return text[: min(cuts)] if cuts else text
 

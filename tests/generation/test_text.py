@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -288,6 +289,21 @@ def test_continue_text_stops_before_the_string(writer):
     stopped = continue_text(model, tokenizer, "the cat", stop=[word], on_text=pieces.append, **arguments)
     assert stopped == free[: free.index(word)]
     assert "".join(pieces) == stopped
+
+
+def test_a_space_at_the_end_of_the_prompt_is_the_models_to_write(writer):
+    model, tokenizer = copy.deepcopy(writer[0]), writer[1]
+    arguments = dict(max_new_tokens=12, context=10, temperature=0)
+    with torch.no_grad():
+        # A model that writes " the" wherever it stands.
+        model.head.weight.zero_()
+        model.head.weight[int(tokenizer.encode(" the")[0])] = 1
+        model.decoder.norm.weight.zero_()
+        model.decoder.norm.bias.fill_(1)
+    assert continue_text(model, tokenizer, "on", **arguments) == " the" * 12
+    pieces = []
+    assert continue_text(model, tokenizer, "on ", on_text=pieces.append, **arguments) == "the" + " the" * 11
+    assert "".join(pieces) == "the" + " the" * 11
 
 
 def test_word_share():
