@@ -24,7 +24,14 @@ FLAGS = {
 
 def in_subprocess(code: str, level: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "GPT4FAST_CPU_LEVEL": level}
-    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(  # python -c looks for modules in the working folder first: that of the package under test
+        [sys.executable, "-c", code],
+        env=environment,
+        cwd=native.PACKAGE.parent,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
 
 
 @pytest.mark.skipif(not Path("/proc/cpuinfo").is_file(), reason="the kernel lists no features here")
