@@ -62,6 +62,8 @@ def line_chart(
             axes.axhline(level, color=_MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
             axes.annotate(text, (1, level), xycoords=("axes fraction", "data"), xytext=(0, 3), ha="right",
                           textcoords="offset points", color=_MUTED, fontsize=8)  # fmt: skip
+        if longest > 40:
+            _leave_out_spikes(axes, [y for _, y in series.values()], [] if reference is None else [reference[0]])
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         axes.grid(axis="y", color=_RULE, linewidth=0.6)
@@ -76,6 +78,18 @@ def line_chart(
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
         pyplot.close(figure)
     return _themed(buffer.getvalue())
+
+
+def _leave_out_spikes(axes, lines: list[list[float]], levels: list[float]) -> None:
+    """Fits the axis to 98 % of the values and to `levels`, so that a few wild first steps don't flatten the rest."""
+    values = sorted(value for line in lines for value in line)
+    cut = len(values) // 100
+    low, high = min([values[cut], *levels]), max([values[-1 - cut], *levels])
+    margin = 0.06 * (high - low) or 1.0
+    axes.set_ylim(low - margin, high + margin)
+    if values[0] < low - margin or values[-1] > high + margin:
+        axes.annotate("a few spikes reach further", (1, 1), xycoords="axes fraction", ha="right", va="top",
+                      color=_MUTED, fontsize=7.5)  # fmt: skip
 
 
 def _themed(svg: str) -> str:

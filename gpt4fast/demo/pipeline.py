@@ -98,7 +98,7 @@ def _summary(output: Path, state: State, threads: int, seed: int) -> dict:
     }  # fmt: skip
     return {
         "tiles": [
-            fact("From nothing to this page", report.duration(total), note=f"{threads} CPU threads, no GPU used"),
+            fact("From nothing to this page", report.duration(total), note=f"{report.threads(threads)}, no GPU used"),
             results["adversarial"]["tile"],
             results["generation"]["tile"],
             fact("Largest speed-up over plain PyTorch here", f"{best['ratio']:.2f}×", note=best["what"]),

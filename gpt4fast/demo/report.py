@@ -14,7 +14,7 @@ SECTIONS = {
         "Data",
         "Real data, split before anything is trained",
         "Small data that the package carries, so nothing is downloaded. A fixed seed deals every item to one of three "
-        "splits: models learn from the training split only; the numbers below are measured on the other two.",
+        "splits, and of the plays the last scenes are held out. Models learn from the training split only.",
     ),
     "networks": (
         "Networks",
@@ -85,6 +85,10 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
+def threads(count: int) -> str:
+    return "1 CPU thread" if count == 1 else f"{count} CPU threads"
+
+
 def rate(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
@@ -153,7 +157,7 @@ def _context(folder: Path, content: dict) -> dict:
     page = {
         "headline": "Pictures, drums and plays, learned from scratch on this machine",
         "lede": f"Six steps, from real data to generated text, images, audio and video, in {duration(total)} on "
-        f"{environment['threads']} threads. Every number and every sample on this page comes from this one run.",
+        f"{threads(environment['threads'])}. Every number and every sample on this page comes from this one run.",
         "tiles": content["tiles"],
         "sections": sections,
         "total": total,

@@ -21,10 +21,10 @@ from gpt4fast.training.pretrain import next_token_loss
 from gpt4fast.training.text_presets import shakespeare_decoder, shakespeare_encoder
 
 PROMPTS = (
-    ("ROMEO.\n", 0.8),
-    ("MACBETH.\nWhat is ", 0.8),
-    ("[Enter PORTIA.]\n\nPORTIA.\n", 1.0),
-    ("ACT I.\n\nScene I. ", 1.0),
+    ("ROMEO.\n", 0.7),
+    ("MACBETH.\nWhat is ", 0.7),
+    ("[Enter PORTIA.]\n\nPORTIA.\n", 0.8),
+    ("ACT I.\n\nScene I. ", 0.9),
 )
 SOUNDS = 16
 
@@ -149,9 +149,9 @@ def generation(run: Run) -> dict:
     texts, parts = [], len(PROMPTS) + 3
     for i, (prompt, temperature) in enumerate(PROMPTS):
         text = continue_text(
-            model, tokenizer, prompt, max_new_tokens=new_tokens, temperature=temperature, top_p=0.95, seed=run.seed + i
+            model, tokenizer, prompt, max_new_tokens=new_tokens, temperature=temperature, top_p=0.9, seed=run.seed + i
         )
-        caption = f"Temperature {temperature:g}, top-p 0.95, {new_tokens} tokens."
+        caption = f"Temperature {temperature:g}, top-p 0.9, {new_tokens} tokens."
         texts.append({"prompt": prompt, "text": text, "caption": caption})
         track(i + 1, parts, {})
     (made / "text").mkdir(parents=True, exist_ok=True)

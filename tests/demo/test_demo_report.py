@@ -135,6 +135,17 @@ def test_chart_follows_the_page_colours_and_names_its_axes():
     assert not re.search(r"(?:stroke|fill): (?:#|white|black)", svg), re.findall(r"(?:stroke|fill): [^;\"]*", svg)
 
 
+def test_first_wild_steps_do_not_flatten_a_chart():
+    calm = [1.0 + 0.1 * (i % 3) for i in range(400)]
+
+    def ticks(y):
+        svg = charts.line_chart("x", {"loss": (list(range(400)), y)}, x_label="step", y_label="loss")
+        return [float(t) for t in re.findall(r">(\d+\.\d+)</text>", svg)], "spikes" in svg
+
+    assert ticks([50.0, *calm[1:]]) == (ticks(calm)[0], True)
+    assert ticks(calm)[1] is False
+
+
 def test_waveform_outline_bounds_the_signal():
     wave = torch.zeros(960)
     wave[480:490] = 0.5
