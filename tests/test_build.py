@@ -22,8 +22,9 @@ def source(tmp_path) -> Path:
     """A copy of what is built, without the libraries of this tree."""
     target = tmp_path / "source"
     target.mkdir()
-    for name in ("setup.py", "pyproject.toml", "CMakeLists.txt", "LICENSE"):
-        shutil.copy(ROOT / name, target)
+    names = ("setup.py", "pyproject.toml", "CMakeLists.txt", "LICENSE")
+    for path in [*(ROOT / name for name in names), *ROOT.glob("*.md")]:
+        shutil.copy(path, target)
     for name in ("gpt4fast", "csrc"):
         shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("*.so", "*.pyc", "pure_python.txt"))
     return target
