@@ -41,7 +41,8 @@ class Loop:
         seed: seed of the run; step k draws from a seed made of `seed` and k.
         config: what else determines the run (batch size, …). A checkpoint made with other values is refused.
 
-    Python's and NumPy's random numbers and non-persistent buffers are not restored: draw with torch.
+    Python's and NumPy's random numbers and non-persistent buffers are not restored: draw with torch. Another number of
+    threads or another processor adds up in another order: the run goes on, but its last bits differ.
 
     Raises:
         ValueError: an argument out of range, or a checkpoint that is damaged or of another configuration.

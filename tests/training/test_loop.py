@@ -153,7 +153,8 @@ def test_killed_process_resumes_exactly(tmp_path, uninterrupted):
     script = textwrap.dedent(f"""
         import sys, time
         sys.path.insert(0, {os.path.dirname(__file__)!r})
-        from test_loop import make
+        from test_loop import make, torch
+        torch.set_num_threads(1)
         loop, step, *_ = make({str(tmp_path)!r})
         def slow(index):
             metrics = step(index)
