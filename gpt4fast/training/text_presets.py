@@ -63,7 +63,7 @@ def shakespeare_encoder(
 def shakespeare_decoder(
     encoder: Encoder, folder: str | os.PathLike, progress: Progress | None = None, scale: float = 1.0
 ) -> tuple[EncoderDecoder, Tokenizer, list[dict[str, float]]]:
-    """Adds a decoder to the encoder and fine-tunes both (the encoder in place); about 150 s of CPU time at scale 1."""
+    """Adds a decoder to the encoder and fine-tunes both (the encoder in place); about 130 s of CPU time at scale 1."""
     tokenizer = shakespeare_tokenizer(folder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
