@@ -40,7 +40,7 @@ def drums_networks() -> tuple[WaveGANGenerator, WaveGANDiscriminator]:
 def digits_gan(
     folder: str | os.PathLike[str], progress: Progress | None = None, scale: float = 1.0
 ) -> tuple[DCGANGenerator, DCGANDiscriminator, list[dict[str, float]]]:
-    """Trains on the handwritten digits, with checkpoints in `folder`; about 80 s of CPU time at scale 1."""
+    """Trains on the handwritten digits, with checkpoints in `folder`; about 90 s of CPU time at scale 1."""
     generator, discriminator = digits_networks()
     history = train_gan(
         generator,
@@ -58,7 +58,7 @@ def digits_gan(
 def drums_gan(
     folder: str | os.PathLike[str], progress: Progress | None = None, scale: float = 1.0
 ) -> tuple[WaveGANGenerator, WaveGANDiscriminator, list[dict[str, float]]]:
-    """Trains on the drum hits, with checkpoints in `folder`; about 120 s of CPU time at scale 1."""
+    """Trains on the drum hits, with checkpoints in `folder`; about 115 s of CPU time at scale 1."""
     generator, discriminator = drums_networks()
     history = train_gan(
         generator,
