@@ -25,6 +25,8 @@ TORCH_MINIMUM = (2, 10)
 MODE = os.environ.get("GPT4FAST_BUILD") or "auto"
 CUDA = os.environ.get("GPT4FAST_CUDA") or "auto"
 SANITIZE = os.environ.get("GPT4FAST_SANITIZE") or "off"
+# Kept, so that a second build compiles only what changed.
+FOLDER = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}-sanitize-{SANITIZE}"
 for name, value in {"GPT4FAST_BUILD": MODE, "GPT4FAST_CUDA": CUDA}.items():
     if value not in ("auto", "on", "off"):
         sys.exit(f"{name}: expected auto, on or off, but it is {value!r}")
@@ -100,21 +102,18 @@ class BuildNative(Command):
     def get_source_files(self) -> list[str]:  # for the source distribution
         return ["CMakeLists.txt", *(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*"))]
 
-    def package(self) -> Path:
-        return (ROOT if self.editable_mode else ROOT / self.build_lib) / "gpt4fast"
-
-    def installed(self) -> list[Path]:
-        return [*self.package().glob("*.so"), *self.package().glob("pure_python.txt")]
-
     def run(self) -> None:
-        for stale in self.installed():
-            stale.unlink()
         reason = self.build()
         if reason and MODE != "off" and "on" in (MODE, CUDA):
             asked = "GPT4FAST_BUILD" if MODE == "on" else "GPT4FAST_CUDA"
             sys.exit(f"{asked}=on, but the native libraries cannot be built: {reason}")
+        package = (ROOT if self.editable_mode else ROOT / self.build_lib) / "gpt4fast"
+        for stale in [*package.glob("*.so"), *package.glob("pure_python.txt")]:
+            stale.unlink()
         if reason:
-            (self.package() / "pure_python.txt").write_text(reason + "\n")
+            (package / "pure_python.txt").write_text(reason + "\n")
+        else:
+            subprocess.run([find_program("cmake"), "--install", FOLDER, "--prefix", package], check=True)
         if reason and MODE == "auto":
             text = f"\nWARNING: gpt4fast installs as pure Python, slower, without native kernels: {reason}\n"
             try:  # on the terminal itself where there is one, because pip hides what a successful build prints
@@ -123,17 +122,15 @@ class BuildNative(Command):
                 sys.stderr.write(text)
 
     def build(self) -> str | None:
-        """Build and install the libraries; returns the reason where that cannot be done."""
+        """Build the libraries in FOLDER; returns the reason where that cannot be done."""
         if MODE == "off":
             return "GPT4FAST_BUILD=off"
         if missing := missing_tools() + ([] if torch_folder() else ["torch>=2.10"]):
             return "missing " + ", ".join(missing)
         import pybind11
 
-        # Kept, so that a second build compiles only what changed. pybind11 is copied into it: pip isolates a build in
-        # a folder of another name every time, and that would recompile.
-        folder = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}-sanitize-{SANITIZE}"
-        headers = folder / f"pybind11-{pybind11.__version__}"
+        # A copy, because pip isolates a build in a folder of another name every time, and that would recompile.
+        headers = FOLDER / f"pybind11-{pybind11.__version__}"
         if not headers.is_dir():
             shutil.copytree(pybind11.get_include(), headers)
         options = {
@@ -146,9 +143,8 @@ class BuildNative(Command):
         }
         define = [f"-D{name}={value}" for name, value in options.items()]
         steps = {
-            "configure": ["-G", "Ninja", "-S", ROOT, "-B", folder, *define],
-            "build": ["--build", folder, "-j", os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(jobs())],
-            "install": ["--install", folder, "--prefix", self.package()],
+            "configure": ["-G", "Ninja", "-S", ROOT, "-B", FOLDER, *define],
+            "build": ["--build", FOLDER, "-j", os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(jobs())],
         }
         for step, arguments in steps.items():
             if subprocess.run([find_program("cmake"), *arguments], check=False).returncode:
