@@ -36,7 +36,7 @@ demo: install  ## the six steps on small real data, about 6 minutes; ends with d
 	$(BIN)/gpt4fast demo --output demo-output
 
 test: install  ## the test battery, under 15 minutes on 2 cores
-	$(BIN)/python -m pytest -q -m "not gpu"
+	$(BIN)/python -m pytest -q -m "not gpu" -n 2
 
 bench: install  ## measure both operators against torch: tables, charts and JSON in bench-output
 	$(BIN)/gpt4fast bench attention --output bench-output/attention

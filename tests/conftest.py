@@ -1,4 +1,4 @@
-"""Shared by all tests: two threads, fresh random input each run (the seed is printed, and can be given)."""
+"""Shared by all tests: two threads (one for each of several workers), fresh random input each run (the seed is printed, and can be given)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import torch
 
 from gpt4fast.backends import native
 
-torch.set_num_threads(2)
-SEED = int(os.environ.get("GPT4FAST_TEST_SEED", random.randrange(2**31)))
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+# Workers of pytest-xdist inherit the seed through the environment.
+SEED = int(os.environ.setdefault("GPT4FAST_TEST_SEED", str(random.randrange(2**31))))
 
 
 def pytest_report_header() -> list[str]:
