@@ -34,6 +34,9 @@ inline Taps taps_of(int64_t out, int64_t kernel, int64_t stride, int64_t padding
 }
 
 inline constexpr int64_t kPositions = 4;  // output positions of one phase that the inner loops keep in registers
+// Terms added up in one run before the run is added to the total. One long run's error grows with its length: without
+// runs, 128 channels x 8 taps erred 2.5 times as much as oneDNN (root mean square), and largest errors 4 times as much.
+inline constexpr int64_t kRun = 32;
 inline constexpr int64_t kChannelBlock = 2 * simd::kLanes;  // and output channels
 
 // How the inner loop fills its vectors. Each method adds one tap at kCount positions; position r reads x + r * step.
@@ -47,23 +50,23 @@ struct ManyOutputs {
   template <int kCount>
   static void add(float* sums, const float* x, int64_t step, const float* weight, int64_t depth) {
     using namespace simd;
-    Vector sum_of[kCount][2];
-    for (int r = 0; r < kCount; ++r) {
-      sum_of[r][0] = load(sums + r * kWidth);
-      sum_of[r][1] = load(sums + r * kWidth + kLanes);
-    }
-    for (int64_t c = 0; c < depth; ++c) {
-      const Vector left = load(weight + c * kWidth);
-      const Vector right = load(weight + c * kWidth + kLanes);
-      for (int r = 0; r < kCount; ++r) {
-        const Vector value = broadcast(x[r * step + c]);
-        sum_of[r][0] = multiply_add(value, left, sum_of[r][0]);
-        sum_of[r][1] = multiply_add(value, right, sum_of[r][1]);
+    for (int64_t begin = 0; begin < depth; begin += kRun) {
+      Vector sum_of[kCount][2] = {};
+      for (int64_t c = begin; c < std::min(begin + kRun, depth); ++c) {
+        const Vector left = load(weight + c * kWidth);
+        const Vector right = load(weight + c * kWidth + kLanes);
+        for (int r = 0; r < kCount; ++r) {
+          const Vector value = broadcast(x[r * step + c]);
+          sum_of[r][0] = multiply_add(value, left, sum_of[r][0]);
+          sum_of[r][1] = multiply_add(value, right, sum_of[r][1]);
+        }
       }
-    }
-    for (int r = 0; r < kCount; ++r) {
-      store(sums + r * kWidth, sum_of[r][0]);
-      store(sums + r * kWidth + kLanes, sum_of[r][1]);
+      for (int r = 0; r < kCount; ++r) {
+        for (int half = 0; half < 2; ++half) {
+          float* sum = sums + r * kWidth + half * kLanes;
+          store(sum, load(sum) + sum_of[r][half]);
+        }
+      }
     }
   }
 

@@ -16,6 +16,7 @@
 
 namespace gpt4fast::cpu {
 
+// Sums of kDepth terms are added to the patch, not single terms: their rounding errors grow more slowly.
 // patch[row] += sum over k of x[row][k] * weight[k] for kDepth weight rows and kVectors * kLanes columns from column
 // on.
 template <int kDepth, int kVectors, typename T>
@@ -30,10 +31,7 @@ void add_weight_columns(const float* x, int64_t x_step, int64_t rows, const T* c
   }
   for (int64_t row = 0; row < rows; ++row) {
     float* target = patch + row * width + column;
-    Vector sum_of[kVectors];
-    for (int v = 0; v < kVectors; ++v) {
-      sum_of[v] = load(target + v * kLanes);
-    }
+    Vector sum_of[kVectors] = {};
     for (int k = 0; k < kDepth; ++k) {
       const Vector value = broadcast(x[row * x_step + k]);
       for (int v = 0; v < kVectors; ++v) {
@@ -41,7 +39,7 @@ void add_weight_columns(const float* x, int64_t x_step, int64_t rows, const T* c
       }
     }
     for (int v = 0; v < kVectors; ++v) {
-      store(target + v * kLanes, sum_of[v]);
+      store(target + v * kLanes, load(target + v * kLanes) + sum_of[v]);
     }
   }
 }

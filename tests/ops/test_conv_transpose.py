@@ -92,6 +92,24 @@ def test_values(impl, case, dtype):
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_long_sums(impl):
+    """Hundreds of channels and taps: the error stays within twice torch's, which adds up in runs."""
+    for case in (
+        (4, 512, 64, (4, 4), (4, 4), (2, 2), (1, 1), (0, 0), 1, (1, 1)),
+        (1, 512, 96, (1, 1), (4, 4), (1, 1), (0, 0), (0, 0), 1, (1, 1)),
+        (1, 128, 32, (4, 4, 4), (4, 4, 4), (2, 2, 2), (1, 1, 1), (0, 0, 0), 1, (1, 1, 1)),
+    ):
+        (input, weight, _), geometry = operands(case, torch.float32)
+        dims = input.dim() - 2
+        exact = TORCH[dims](input.double(), weight.double(), None, *geometry)
+        errors = [
+            (op[dims](input, weight, None, *geometry, **kwargs).double() - exact).square().mean().sqrt()
+            for op, kwargs in ((OPS, {"impl": impl}), (TORCH, {}))
+        ]
+        assert errors[0] <= 2 * errors[1]
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
 @pytest.mark.parametrize("given_affine", ["bias", "scale", "shift", "all", "none"])
 def test_epilogue(impl, activation, given_affine):
