@@ -106,7 +106,8 @@ def test_long_sums(impl):
             (op[dims](input, weight, None, *geometry, **kwargs).double() - exact).square().mean().sqrt()
             for op, kwargs in ((OPS, {"impl": impl}), (TORCH, {}))
         ]
-        assert errors[0] <= 2 * errors[1]
+        # The reference multiplies a single pixel by torch.matmul, whose matrix-vector product errs 3 times as much.
+        assert errors[0] <= (4 if impl == "reference" else 2) * errors[1]
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
