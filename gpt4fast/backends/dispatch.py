@@ -147,26 +147,34 @@ def _cuda_conv_transpose(call: dict) -> str | None:
     return None
 
 
-# What "auto" prefers
+# What "auto" prefers. The figures are torch's time / the native kernel's, on 2 cores (Zen 5): benchmarks/LOG.md.
 
 
 def _prefer_attention(call: dict) -> tuple[str, ...]:
-    query = call["query"]
-    tensors = (query, call["key"], call["value"], call["attn_mask"])
-    few = {torch.float16: 16, torch.bfloat16: 1}.get(
-        query.dtype, 0
-    )  # queries: torch upconverts, and does not split keys
+    query, key = call["query"], call["key"]
+    if not query.is_cpu or needs_grad(query, key, call["value"], call["attn_mask"]):
+        return "torch", "reference"
+    queries, keys = query.shape[2], key.shape[2]
+    few = {torch.float16: 8, torch.bfloat16: 1}.get(query.dtype, 0)  # torch upconverts, and splits no keys: 1.2 to 10
     if call["kv_lengths"] is not None or call["kv_starts"] is not None:
-        few = 8  # torch would need a mask
-    if query.is_cpu and query.shape[2] <= few and not needs_grad(*tensors):
+        few = 8  # torch needs a mask: 1.3 to 20
+    left, right = call["window"] or (-1, -1)
+    right = 0 if call["is_causal"] else right
+    narrow = left >= 0 and right >= 0 and 2 * (left + right) <= keys
+    if queries <= few or narrow:  # torch computes what the window hides: 1.4 to 5
         return "native", "torch", "reference"
-    return "torch", "reference"
+    return "torch", "native", "reference"  # softcap and log-sum-exp, native against reference: 4 to 8
 
 
 def _prefer_conv_transpose(call: dict) -> tuple[str, ...]:
     input, weight = call["input"], call["weight"]
-    tiny = input.shape[0] * input.shape[2:].numel() <= 4 and input.dtype == torch.float32
-    if input.is_cpu and tiny and not needs_grad(input, weight, call["bias"], call["scale"], call["shift"]):
+    if not input.is_cpu or needs_grad(input, weight, call["bias"], call["scale"], call["shift"]):
+        return ("torch",)
+    pixels = input.shape[0] * input.shape[2:].numel()
+    half = input.dtype != torch.float32
+    tiny = pixels <= 4 and input.dtype != torch.float16 and weight.is_contiguous()  # torch packs the weight: 1.5 to 6
+    depthwise = half and weight.shape[1] == 1 and call["groups"] == input.shape[1]  # 1.5 to 5
+    if tiny or depthwise:
         return "native", "torch"
     return ("torch",)
 
