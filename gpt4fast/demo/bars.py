@@ -16,14 +16,14 @@ Callback = Callable[[int, int, Mapping[str, float]], None]
 def bars(console: Console) -> Iterator[Callable[[str], Callback]]:
     """Yields `track`: track("digits") opens a bar and returns its callback(step, steps, metrics)."""
     columns = (
-        SpinnerColumn(finished_text="[green]✓"),
-        TextColumn("{task.description}"),
+        SpinnerColumn(finished_text="[green]✓", table_column=Column(no_wrap=True, min_width=1)),
+        TextColumn("{task.description}", table_column=Column(no_wrap=True, min_width=7)),
         BarColumn(bar_width=16),
         MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=9)),
         TimeElapsedColumn(table_column=Column(no_wrap=True, min_width=7)),
         TextColumn("[dim]{task.fields[metrics]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
     )
-    with Progress(*columns, console=console, refresh_per_second=5) as progress:
+    with Progress(*columns, console=console, refresh_per_second=5, expand=True) as progress:
 
         def track(description: str) -> Callback:
             task = progress.add_task(description, total=None, metrics="")

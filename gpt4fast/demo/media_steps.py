@@ -167,11 +167,10 @@ def _judge_drums(player: WaveGANGenerator, run: Run) -> list[dict[str, str]]:
 
 def adversarial(run: Run) -> dict:
     """Step 3: trains both pairs, measures what the generators make, and times the generator's training step."""
-    with_digits, with_drums = run.track("digits"), run.track("drums")
-    generator, discriminator, history = digits_gan(run.folder / "digits", with_digits, run.scale)
+    generator, discriminator, history = digits_gan(run.folder / "digits", run.track("digits"), run.scale)
     generator.save_pretrained(run.folder / "digits" / "generator")
     discriminator.save_pretrained(run.folder / "digits" / "discriminator")
-    player, judge, player_history = drums_gan(run.folder / "drums", with_drums, run.scale)
+    player, judge, player_history = drums_gan(run.folder / "drums", run.track("drums"), run.scale)
     player.save_pretrained(run.folder / "drums" / "generator")
     judge.save_pretrained(run.folder / "drums" / "discriminator")
     images, sounds = sample_images(generator, GRID, run.seed), sample_audio(player, CLIPS, run.seed)
