@@ -75,9 +75,9 @@ def verdict(row: dict) -> str:
     """ "win" or "loss" where four of five pairs agree, else "even"; "even" also if both ran the same kernels."""
     if row.get("same"):
         return "even"
-    if row["low"] > 1.02:
+    if row["low"] > 1:
         return "win"
-    return "loss" if row["high"] < 0.98 else "even"
+    return "loss" if row["high"] < 1 else "even"
 
 
 def duration(seconds: float) -> str:

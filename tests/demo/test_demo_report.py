@@ -95,6 +95,13 @@ def test_report_has_every_section_and_needs_nothing_else(tmp_path, content, read
     assert "not affiliated with OpenAI" in text
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "expected"), [(1.01, 1.2, "win"), (0.9, 0.99, "loss"), (0.99, 1.5, "even"), (0.5, 1.01, "even")]
+)
+def test_verdict_is_even_only_where_the_range_includes_one(low, high, expected):
+    assert report.verdict(_speed("x", 1.0, low, high)) == expected
+
+
 def test_the_same_kernels_on_both_sides_are_no_win():
     row = {**_speed("x", 1.5, 1.4, 1.6), "same": True}
     assert report.verdict(row) == "even"
