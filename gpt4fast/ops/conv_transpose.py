@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..backends import dispatch
-from ..backends.reference.conv_transpose import ACTIVATIONS, output_sizes
+from ..backends.reference.conv_transpose import ACTIVATIONS
 from .checks import (
     autocast_dtype,
     check_device,
@@ -175,21 +175,24 @@ def prepare(
 
 
 def _check_output(call: dict) -> None:
-    geometry = (call["stride"], call["padding"], call["output_padding"], call["dilation"])
-    for s, _, o, d in zip(*geometry, strict=True):
-        if o >= s and o >= d:
+    """Per dimension: ``output_padding`` in range, an output that is not empty, and no overflow."""
+    input, weight = call["input"], call["weight"]
+    stride, padding, output_padding, dilation = (call[n] for n in ("stride", "padding", "output_padding", "dilation"))
+    elements = input.shape[0] * weight.shape[1] * call["groups"]
+    for d in range(input.dim() - 2):
+        if output_padding[d] >= stride[d] and output_padding[d] >= dilation[d]:
             raise ValueError(
-                f"output_padding must be smaller than stride or dilation, but is {call['output_padding']} with "
-                f"stride {call['stride']} and dilation {call['dilation']}"
+                f"output_padding must be smaller than stride or dilation, but is {output_padding} with stride {stride} "
+                f"and dilation {dilation}"
             )
-    input, kernel = call["input"], call["weight"].shape[2:]
-    sizes = output_sizes(input.shape[2:], kernel, *geometry)
-    if any(n < 1 for n in sizes):
-        raise ValueError(f"padding {call['padding']} leaves an output of size {sizes} for input {describe(input)}")
-    elements = input.shape[0] * call["weight"].shape[1] * call["groups"]
-    for n, p in zip(sizes, call["padding"], strict=True):
-        elements = elements * (n + 2 * p)
+        # The size before padding cuts a margin off on both sides.
+        size = (input.shape[d + 2] - 1) * stride[d] + dilation[d] * (weight.shape[d + 2] - 1) + output_padding[d] + 1
+        if size <= 2 * padding[d]:
+            raise ValueError(
+                f"padding {padding} leaves an output of size {size - 2 * padding[d]} for {describe(input)}"
+            )
+        elements = elements * size
     if elements >= 2**60:
         raise ValueError(
-            f"stride, dilation and input give an output of size {sizes}, {elements} elements, which overflows"
+            f"stride {stride} and dilation {dilation} give an output of {elements} elements, which overflows"
         )
