@@ -1,4 +1,4 @@
-"""Shared by all tests: two threads (one for each of several workers), fresh random input each run (the seed is printed, and can be given)."""
+"""Shared by all tests: threads, and fresh random input each run (the seed is printed, and can be given)."""
 
 from __future__ import annotations
 
