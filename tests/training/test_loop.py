@@ -25,6 +25,14 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def ctrl_c_interrupts():
+    """A job in the background of a shell inherits SIGINT ignored; the tests press Ctrl-C as a person at a terminal."""
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, inherited)
+
+
 def make(folder, steps=STEPS, every=4, lr=0.01, width=8, **options):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Dropout(0.3), nn.Linear(width, 1))
