@@ -30,9 +30,13 @@ def check_tensor(name: str, value: object, *, dtypes: Sequence[torch.dtype] = FL
 
 def check_like(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
     """Same dtype and device as another argument."""
+    check_dtype(name, value, other_name, other)
+    check_device(name, value, other_name, other)
+
+
+def check_dtype(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
     if value.dtype != other.dtype:
         raise TypeError(f"{name} must have {other_name}'s dtype {other.dtype}, but is {describe(value)}")
-    check_device(name, value, other_name, other)
 
 
 def check_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
@@ -62,7 +66,7 @@ def is_integer(value: object) -> bool:
 
 
 def check_number(name: str, value: object, *, low: float, high: float = float("inf"), high_open: bool = False) -> None:
-    if not is_number(value):
+    if type(value) is not float and not is_number(value):
         raise TypeError(f"{name} must be a number, but is {describe(value)}")
     # The comparison is written so that NaN fails it.
     if not (low <= value < high if high_open else low <= value <= high):

@@ -60,11 +60,11 @@ def _backward(ctx, grad_out, grad_lse):
     query, key, value, out, lse, attn_mask, offsets, lengths, starts, slopes = ctx.saved_tensors
     is_causal, scale, offset, window, softcap = ctx.settings
     grad_query, grad_key, grad_value, grad_mask = reference.attention_backward(
-        grad_out, grad_lse, query, key, value, out, lse, attn_mask, is_causal, scale,
+        grad_out, grad_lse, query, key, value, out, lse, attn_mask, 0.0, None, is_causal, scale,
         offset if offsets is None else offsets, lengths, starts, window, softcap, slopes,
     )  # fmt: skip
     needs_mask = attn_mask is not None and attn_mask.dtype != torch.bool and ctx.needs_input_grad[3]
-    return grad_query, grad_key, grad_value, grad_mask.to(attn_mask.dtype) if needs_mask else None, *(None,) * 10
+    return grad_query, grad_key, grad_value, grad_mask if needs_mask else None, *(None,) * 10
 
 
 native.load()

@@ -9,7 +9,8 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from . import dropout
 
 
 def query_positions(query: Tensor, query_offset: int | Tensor) -> Tensor:
@@ -111,6 +112,12 @@ def attention_scores(
     return scores, capped
 
 
+def kept_weights(seed: Tensor, probabilities: Tensor, dropout_p: float) -> Tensor:
+    """What dropout multiplies the weights (B, Hq, Lq, Lk) with: 0 or ``1 / (1 - dropout_p)``."""
+    kept = dropout.keep_mask(seed, tuple(probabilities.shape), dropout_p).to(probabilities.dtype)
+    return kept if dropout_p == 1 else kept / (1 - dropout_p)  # with p = 1 all are 0
+
+
 def attention(
     query: Tensor,
     key: Tensor,
@@ -126,9 +133,10 @@ def attention(
     softcap: float,
     alibi_slopes: Tensor | None,
     return_lse: bool,
+    dropout_seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Output (B, Hq, Lq, Dv) in query's dtype, and the log-sum-exp of the scores (B, Hq, Lq) in the compute dtype, or
-    None if not asked for."""
+    None if not asked for. The seed of the dropout comes from torch's generator where it is not given."""
     dtype = query.dtype
     visible = visible_keys(query, key, attn_mask, is_causal, query_offset, kv_lengths, kv_starts, window)
     query, key, value = (t.to(compute_dtype(dtype)) for t in (query, key, value))
@@ -146,7 +154,10 @@ def attention(
     total = weights.sum(-1, keepdim=True)
     sees_nothing = total == 0
     total = total.masked_fill(sees_nothing, 1)
-    probabilities = F.dropout(weights / total, dropout_p)
+    probabilities = weights / total
+    if dropout_p:
+        seed = dropout.draw_seed(query) if dropout_seed is None else dropout_seed
+        probabilities = probabilities * kept_weights(seed, probabilities, dropout_p)
     lse = (total.log() + peak).masked_fill(sees_nothing, -math.inf).squeeze(-1) if return_lse else None
     return (probabilities @ value).to(dtype), lse
 
@@ -160,6 +171,8 @@ def attention_backward(
     out: Tensor,
     lse: Tensor,
     attn_mask: Tensor | None,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
     is_causal: bool,
     scale: float,
     query_offset: int | Tensor,
@@ -168,8 +181,8 @@ def attention_backward(
     window: tuple[int, int] | None,
     softcap: float,
     alibi_slopes: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value and of a float mask (B, Hq, Lq, Lk), from the saved log-sum-exp.
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of query, key, value and of a float mask (in its own shape and dtype), from the saved log-sum-exp.
 
     The formula of FlashAttention-2 (Dao, 2023), appendix; written in differentiable operations, so that it can itself
     be differentiated.
@@ -186,17 +199,23 @@ def attention_backward(
 
     scores, capped = attention_scores(query, key, attn_mask, scale, query_offset, softcap, alibi_slopes, visible)
     probabilities = (scores - lse.unsqueeze(-1).masked_fill(sees_nothing, 0)).exp()
-    grad_value = probabilities.transpose(-2, -1) @ grad_out
     grad_probabilities = grad_out @ value.transpose(-2, -1)
+    dropped = probabilities
+    if dropout_p:
+        kept = kept_weights(dropout_seed, probabilities, dropout_p)
+        dropped, grad_probabilities = probabilities * kept, grad_probabilities * kept
+    grad_value = dropped.transpose(-2, -1) @ grad_out
     row = (grad_out * out).sum(-1, keepdim=True)
     if grad_lse is not None:
         row = row - grad_lse.to(row.dtype).unsqueeze(-1).masked_fill(sees_nothing, 0)
-    grad_mask = probabilities * (grad_probabilities - row)
-    grad_scores = grad_mask if capped is None else grad_mask * (1 - capped * capped)
+    grad_capped = probabilities * (grad_probabilities - row)
+    grad_scores = grad_capped if capped is None else grad_capped * (1 - capped * capped)
     grad_query = grad_scores @ key * scale
     grad_key = grad_scores.transpose(-2, -1) @ query * scale
     if kv_heads != heads:
         grad_key = grad_key.unflatten(1, (kv_heads, -1)).sum(2)
         grad_value = grad_value.unflatten(1, (kv_heads, -1)).sum(2)
     grads = [g.to(dtype) for g, dtype in zip((grad_query, grad_key, grad_value), dtypes, strict=True)]
-    return *grads, grad_mask
+    if attn_mask is None or attn_mask.dtype == torch.bool:
+        return *grads, None
+    return *grads, grad_capped.sum_to_size(attn_mask.shape).to(attn_mask.dtype)
