@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 
 from torch import nn
 
 from . import ops
 from .backends import dispatch
 from .ops.attention import prepare as prepare_attention
+from .ops.attention_decode import prepare as prepare_attention_decode
+from .ops.attention_varlen import prepare as prepare_attention_varlen
 from .ops.conv_transpose import prepare as prepare_conv_transpose
 
 
@@ -32,27 +35,19 @@ def explain(op_or_model: Callable | str | nn.Module, *args, **kwargs):
 
         return explain_model(op_or_model, *args, **kwargs)
     name = op_or_model if isinstance(op_or_model, str) else getattr(op_or_model, "__name__", repr(op_or_model))
-    if name not in _PREPARE:
-        raise ValueError(f"op_or_model must be a module or one of {', '.join(_PREPARE)}, but is {name!r}")
-    return _PREPARE[name](*args, **kwargs)
-
-
-def _explain_attention(*args, **kwargs) -> dispatch.Explanation:
-    bound = inspect.signature(ops.attention).bind(*args, **kwargs)
+    if name not in _OPS:
+        raise ValueError(f"op_or_model must be a module or one of {', '.join(_OPS)}, but is {name!r}")
+    op, prepare = _OPS[name]
+    bound = inspect.signature(getattr(ops, name)).bind(*args, **kwargs)
     bound.apply_defaults()
     impl = bound.arguments.pop("impl")
-    call, _ = prepare_attention(**bound.arguments)
-    return dispatch.explain(dispatch.ATTENTION, impl, call)
+    return dispatch.explain(op, impl, prepare(**bound.arguments))
 
 
-def _explain_conv_transpose(dims: int) -> Callable:
-    def explain_call(*args, **kwargs) -> dispatch.Explanation:
-        bound = inspect.signature(getattr(ops, f"conv_transpose{dims}d")).bind(*args, **kwargs)
-        bound.apply_defaults()
-        impl = bound.arguments.pop("impl")
-        return dispatch.explain(dispatch.CONV_TRANSPOSE, impl, prepare_conv_transpose(dims, **bound.arguments))
-
-    return explain_call
-
-
-_PREPARE = {"attention": _explain_attention, **{f"conv_transpose{n}d": _explain_conv_transpose(n) for n in (1, 2, 3)}}
+# Each public op: what dispatch knows it as, and its checked call from its arguments.
+_OPS = {
+    "attention": (dispatch.ATTENTION, lambda **arguments: prepare_attention(**arguments)[0]),
+    "attention_varlen": (dispatch.ATTENTION_VARLEN, prepare_attention_varlen),
+    "attention_decode": (dispatch.ATTENTION_DECODE, prepare_attention_decode),
+    **{f"conv_transpose{n}d": (dispatch.CONV_TRANSPOSE, partial(prepare_conv_transpose, n)) for n in (1, 2, 3)},
+}

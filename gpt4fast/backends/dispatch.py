@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ from .aten import conv_transpose as aten_conv_transpose
 from .compiled import attention as compiled_attention
 from .compiled import conv_transpose as compiled_conv_transpose
 from .reference import attention as reference_attention
+from .reference import attention_decode as reference_attention_decode
+from .reference import attention_varlen as reference_attention_varlen
 from .reference import conv_transpose as reference_conv_transpose
 
 # Constants, since torch.compile traces through this file.
@@ -117,9 +120,9 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 
 
 def _native_attention(call: dict) -> str | None:
-    if call["dropout_p"]:
+    if call.get("dropout_p"):
         return "the native kernel has no dropout"
-    mask, slopes = call["attn_mask"], call["alibi_slopes"]
+    mask, slopes = call.get("attn_mask"), call["alibi_slopes"]
     if mask is not None and mask.dtype == torch.float64:
         return "the native kernel takes no float64 mask"
     if slopes is not None and needs_grad(slopes):
@@ -168,6 +171,14 @@ def _prefer_attention(call: dict) -> tuple[str, ...]:
     return "torch", "native", "reference"  # softcap and log-sum-exp, native against reference: 4 to 8
 
 
+def _prefer_attention_varlen(call: dict) -> tuple[str, ...]:
+    return "torch", "native", "reference"
+
+
+def _prefer_attention_decode(call: dict) -> tuple[str, ...]:
+    return ("native", "torch", "reference") if call["query"].is_cpu else ("torch", "reference")
+
+
 def _prefer_conv_transpose(call: dict) -> tuple[str, ...]:
     input, weight = call["input"], call["weight"]
     if not input.is_cpu or needs_grad(input, weight, call["bias"], call["scale"], call["shift"]):
@@ -192,6 +203,36 @@ ATTENTION = Op(
         "torch": Candidate(aten_attention.attention, _torch_attention),
     },
     _prefer_attention,
+)
+ATTENTION_VARLEN = Op(
+    "attention_varlen",
+    {
+        "native": Candidate(
+            partial(reference_attention_varlen.attention_varlen, compiled_attention.attention), _native_attention
+        ),
+        "reference": Candidate(
+            partial(reference_attention_varlen.attention_varlen, reference_attention.attention), _never
+        ),
+        "torch": Candidate(
+            partial(reference_attention_varlen.attention_varlen, aten_attention.attention), _torch_attention
+        ),
+    },
+    _prefer_attention_varlen,
+)
+ATTENTION_DECODE = Op(
+    "attention_decode",
+    {
+        "native": Candidate(
+            partial(reference_attention_decode.attention_decode, compiled_attention.attention), _native_attention
+        ),
+        "reference": Candidate(
+            partial(reference_attention_decode.attention_decode, reference_attention.attention), _never
+        ),
+        "torch": Candidate(
+            partial(reference_attention_decode.attention_decode, aten_attention.attention), _torch_attention
+        ),
+    },
+    _prefer_attention_decode,
 )
 CONV_TRANSPOSE = Op(
     "conv_transpose",

@@ -5,8 +5,9 @@ error. Torch is also called under vmap, jvp and forward-mode differentiation, wh
 exports as standard ops), for tensor subclasses, nested and sparse tensors, devices other than the CPU and CUDA,
 complex and integer dtypes, and where ``torch.nn.attention.sdpa_kernel`` asks for one of torch's own kernels.
 
-One difference is meant: a key or value that every query of its head ignores is never read, so a NaN there does not
-reach the output (torch multiplies it by zero and gives NaN).
+Two differences are meant. A key or value that every query of its head ignores is never read, so a NaN there does not
+reach the output (torch multiplies it by zero and gives NaN). And dropout draws from torch's generator, but drops other
+weights than torch would from the same seed.
 """
 
 from __future__ import annotations

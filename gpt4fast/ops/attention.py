@@ -137,7 +137,7 @@ def prepare(
     *batch_shape, heads, rows, head_dim = query.shape
     *key_batch, kv_heads, columns, _ = key.shape
     *value_batch, value_heads, value_columns, _ = value.shape
-    check_heads(query, key, heads, kv_heads)
+    check_heads("key", key, query, kv_heads, heads)
     if value_heads != kv_heads or value_columns != columns:
         raise ValueError(f"value must have key's {kv_heads} heads and length {columns}, but is {describe(value)}")
     if not batch_shape == key_batch == value_batch:

@@ -8,11 +8,11 @@ from torch import Tensor
 from .checks import check_device, check_finite, check_index_tensor, check_number, check_tensor, describe, is_integer
 
 
-def check_heads(query: Tensor, key: Tensor, heads: int, kv_heads: int) -> None:
+def check_heads(name: str, key: Tensor, query: Tensor, kv_heads: int, heads: int) -> None:
     if key.shape[-1] != query.shape[-1]:
-        raise ValueError(f"key must have query's head_dim {query.shape[-1]} last, but is {describe(key)}")
+        raise ValueError(f"{name} must have query's head_dim {query.shape[-1]} last, but is {describe(key)}")
     if heads != kv_heads and (kv_heads == 0 or heads % kv_heads):
-        raise ValueError(f"key must have a number of heads that divides query's {heads}, but is {describe(key)}")
+        raise ValueError(f"{name} must have a number of heads that divides query's {heads}, but is {describe(key)}")
 
 
 def prepare_scale(scale: float | None, head_dim: int) -> float:
@@ -63,8 +63,6 @@ def prepare_slopes(alibi_slopes: Tensor | None, query: Tensor, batch: int, heads
     return alibi_slopes.expand(batch, heads)
 
 
-def read(indices: Tensor) -> list[int] | None:
-    """The values of an index tensor, flat, or None where reading them would wait for a GPU or break a graph."""
-    if torch.compiler.is_compiling() or not indices.is_cpu:
-        return None
-    return indices.flatten().tolist()
+def can_read(indices: Tensor) -> bool:
+    """Whether the values of an index tensor may be looked at: not where that waits for a GPU or breaks a graph."""
+    return indices.is_cpu and not torch.compiler.is_compiling()

@@ -5,8 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .attention import attention
-from .checks import check_bool, check_index_tensor, check_like, check_tensor, describe
+from ..backends import dispatch
+from .attention_arguments import can_read, check_heads, prepare_scale, prepare_slopes, prepare_softcap, prepare_window
+from .checks import (
+    FLOAT_DTYPES,
+    INDEX_DTYPES,
+    autocast_dtype,
+    check_bool,
+    check_device,
+    check_index_tensor,
+    check_like,
+    check_tensor,
+    describe,
+    without_autocast,
+)
 
 
 def attention_decode(
@@ -20,6 +32,8 @@ def attention_decode(
     block_table: Tensor | None = None,
     rotary: tuple[Tensor, Tensor] | None = None,
     rotary_interleaved: bool = False,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
     scale: float | None = None,
     kv_starts: Tensor | None = None,
     window: tuple[int, int] | None = None,
@@ -33,6 +47,7 @@ def attention_decode(
     Args:
         query: (B, Hq, Lq, D), the Lq newest tokens of each row.
         key_cache: (B, Hk, Lmax, D), or with ``block_table`` (num_blocks, Hk, block_size, D); value_cache likewise, Dv.
+            In query's dtype, or int8 with ``key_scales`` and ``value_scales``.
         kv_lengths: int32 or int64 (B,). With ``key`` and ``value``: entries in the cache before this call. Without: all
             entries, the queries' own included.
         key, value: (B, Hk, Lq, D) and (B, Hk, Lq, Dv), written in place at ``kv_lengths[b]`` and after.
@@ -41,144 +56,170 @@ def attention_decode(
         rotary: (cos, sin), each (positions, rotary_dim / 2): rotary embedding (RoFormer; Su et al., 2021) of ``query``
             and ``key`` at their absolute positions; the first rotary_dim channels turn, the others pass.
         rotary_interleaved: pairs are neighbouring channels (GPT-J) instead of the two halves (GPT-NeoX, Llama).
-        kv_starts: (B,): first visible entry of each row (left padding). Positions still count from 0.
+        key_scales, value_scales: float32, the cache's shape without its last dimension: an int8 cache stands for
+            ``cache * scale``. A new entry x, once rotated, gets the scale ``max|x| / 127`` (1 where x is zero) and is
+            rounded to the nearest integers.
+        kv_starts: int32 or int64 (B,): first visible entry of each row (left padding). Positions still count from 0.
         scale, window, softcap, alibi_slopes, return_lse, impl: as for ``attention``.
 
     Returns:
-        (B, Hq, Lq, Dv) in query's dtype; with ``return_lse`` also the log-sum-exp (B, Hq, Lq).
+        (B, Hq, Lq, Dv) in query's dtype; with ``return_lse`` also the log-sum-exp (B, Hq, Lq). Under autocast the
+        cache's dtype is computed in, and the result has autocast's.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape or range; the message names it. On a CPU
-            this includes lengths past the cache's end, before anything is written; on a GPU the values are not read.
+            this includes lengths past the cache's end, before anything is written; on a GPU, and in a compiled graph,
+            the values are not read.
+        RuntimeError: ``impl`` names an implementation that can't serve this call; the message says why.
+
+    The native kernel gives no gradients: where one is asked for, torch or the reference computes.
     """
+    call = prepare(
+        query, key_cache, value_cache, kv_lengths, key, value, block_table, rotary, rotary_interleaved, key_scales,
+        value_scales, scale, kv_starts, window, softcap, alibi_slopes, return_lse,
+    )  # fmt: skip
+    out, lse = without_autocast(lambda: dispatch.run(dispatch.ATTENTION_DECODE, impl, call), query)
+    cast = autocast_dtype(query)
+    if cast is not None:
+        out = out.to(cast)
+    return (out, lse) if return_lse else out
+
+
+def prepare(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    kv_lengths: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
+    block_table: Tensor | None,
+    rotary: tuple[Tensor, Tensor] | None,
+    rotary_interleaved: bool,
+    key_scales: Tensor | None,
+    value_scales: Tensor | None,
+    scale: float | None,
+    kv_starts: Tensor | None,
+    window: tuple[int, int] | None,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    return_lse: bool,
+) -> dict:
+    """Check every argument, the values of indices included, and bring them to the form that implementations take."""
     check_tensor("query", query)
     if query.dim() != 4:
         raise ValueError(f"query must have shape (batch, heads, new tokens, head_dim), but is {describe(query)}")
-    batch, _, new, head_dim = query.shape
-    for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
-        check_tensor(name, cache)
-        check_like(name, cache, "query", query)
-        if cache.dim() != 4 or (block_table is None and cache.shape[0] != batch):
-            layout = (
-                f"({batch}, heads, length, head_dim)"
-                if block_table is None
-                else "(blocks, heads, block_size, head_dim)"
-            )
-            raise ValueError(f"{name} must have shape {layout}, but is {describe(cache)}")
-    if value_cache.shape[:3] != key_cache.shape[:3]:
-        raise ValueError(
-            f"value_cache must match key_cache's {tuple(key_cache.shape[:3])}, but is {describe(value_cache)}"
-        )
-    if key_cache.shape[3] != head_dim:
-        raise ValueError(f"key_cache must have query's head_dim {head_dim} last, but is {describe(key_cache)}")
-    check_index_tensor("kv_lengths", kv_lengths, batch, "batch row", "query", query)
+    check_tensor("key_cache", key_cache, dtypes=(*FLOAT_DTYPES, torch.int8))
+    if (key is None) != (value is None):
+        given, missing = ("key", "value") if value is None else ("value", "key")
+        raise ValueError(f"{missing} must be given with {given}, but is None")
+    if autocast_dtype(query) is not None and key_cache.dtype in FLOAT_DTYPES:
+        query, key, value = (t.to(key_cache.dtype) if isinstance(t, Tensor) else t for t in (query, key, value))
+    batch, heads, new, head_dim = query.shape
+    _check_cache("key_cache", key_cache, "key_scales", key_scales, query, paged=block_table is not None)
+    _check_cache("value_cache", value_cache, "value_scales", value_scales, query, paged=block_table is not None)
+    check_heads("key_cache", key_cache, query, key_cache.shape[1], heads)
+    if value_cache.shape[:3] != key_cache.shape[:3] or value_cache.dtype != key_cache.dtype:
+        like = f"{tuple(key_cache.shape[:3])}, {key_cache.dtype}"
+        raise ValueError(f"value_cache must match key_cache's {like}, but is {describe(value_cache)}")
+    for name, tensor, cache in (("key", key, key_cache), ("value", value, value_cache)):
+        if tensor is not None:
+            check_tensor(name, tensor)
+            check_like(name, tensor, "query", query)
+            expected = (batch, cache.shape[1], new, cache.shape[3])
+            if tensor.shape != expected:
+                raise ValueError(f"{name} must have shape {expected}, but is {describe(tensor)}")
+    capacity = key_cache.shape[2]
     if block_table is not None:
         _check_block_table(block_table, query, key_cache)
-    _check_new(key, value, query, key_cache, value_cache)
+        capacity = capacity * block_table.shape[1]
+    check_index_tensor("kv_lengths", kv_lengths, batch, "batch row", "query", query)
+    if kv_starts is not None:
+        check_index_tensor("kv_starts", kv_starts, batch, "batch row", "query", query)
     check_bool("rotary_interleaved", rotary_interleaved)
-
-    # Where the first of the new tokens stands, and how many entries there are once they are appended.
-    start = kv_lengths if key is not None else kv_lengths - new
-    capacity = key_cache.shape[2] * (1 if block_table is None else block_table.shape[1])
-    if not torch.compiler.is_compiling() and query.device.type == "cpu" and batch:
-        _check_lengths(kv_lengths, start, new, capacity, appended=key is not None)
-    positions = start[:, None] + torch.arange(new, device=query.device)  # (B, Lq)
+    check_bool("return_lse", return_lse)
     if rotary is not None:
-        query = _rotate(query, positions, rotary, rotary_interleaved)
-        key = None if key is None else _rotate(key, positions, rotary, rotary_interleaved)
-    if key is not None:
-        _append(key_cache, key, positions, block_table)
-        _append(value_cache, value, positions, block_table)
-    if block_table is not None:
-        key_cache, value_cache = _gather(key_cache, block_table), _gather(value_cache, block_table)
-    return attention(
-        query, key_cache, value_cache, None, 0.0, True, scale, query_offset=start, kv_lengths=start + new,
-        kv_starts=kv_starts, window=window, softcap=softcap, alibi_slopes=alibi_slopes, return_lse=return_lse,
-        impl=impl,
-    )  # fmt: skip
+        _check_rotary(rotary, query)
+    call = {
+        "query": query,
+        "key_cache": key_cache,
+        "value_cache": value_cache,
+        "kv_lengths": kv_lengths,
+        "key": key,
+        "value": value,
+        "block_table": block_table,
+        "rotary": rotary,
+        "rotary_interleaved": rotary_interleaved,
+        "key_scales": key_scales,
+        "value_scales": value_scales,
+        "scale": prepare_scale(scale, head_dim),
+        "kv_starts": kv_starts,
+        "window": prepare_window(window),
+        "softcap": prepare_softcap(softcap),
+        "alibi_slopes": prepare_slopes(alibi_slopes, query, batch, heads),
+        "return_lse": return_lse,
+    }
+    if batch and can_read(kv_lengths):
+        _check_lengths(kv_lengths.tolist(), new, capacity, appended=key is not None, rotary=rotary)
+    return call
+
+
+def _check_cache(name: str, cache: Tensor, scales_name: str, scales: Tensor | None, query: Tensor, paged: bool) -> None:
+    check_tensor(name, cache, dtypes=(*FLOAT_DTYPES, torch.int8))
+    if cache.dim() != 4 or not (paged or cache.shape[0] == query.shape[0]):
+        rows, length = ("blocks", "block_size") if paged else (query.shape[0], "length")
+        raise ValueError(f"{name} must have shape ({rows}, heads, {length}, head_dim), but is {describe(cache)}")
+    if cache.dtype != torch.int8:
+        check_like(name, cache, "query", query)
+        if scales is not None:
+            raise ValueError(f"{scales_name} must be None unless {name} is int8, which is {describe(cache)}")
+        return
+    check_device(name, cache, "query", query)
+    if scales is None:
+        raise ValueError(f"{scales_name} must be given with an int8 {name}, but is None")
+    check_tensor(scales_name, scales, dtypes=(torch.float32,))
+    check_device(scales_name, scales, "query", query)
+    if scales.shape != cache.shape[:3]:
+        raise ValueError(f"{scales_name} must have shape {tuple(cache.shape[:3])}, but is {describe(scales)}")
 
 
 def _check_block_table(block_table: Tensor, query: Tensor, key_cache: Tensor) -> None:
-    check_tensor("block_table", block_table, dtypes=(torch.int32, torch.int64))
+    check_tensor("block_table", block_table, dtypes=INDEX_DTYPES)
+    check_device("block_table", block_table, "query", query)
     if block_table.dim() != 2 or block_table.shape[0] != query.shape[0]:
         raise ValueError(
             f"block_table must have shape ({query.shape[0]}, blocks per row), but is {describe(block_table)}"
         )
-    if block_table.device != query.device:
-        raise ValueError(f"block_table must be on query's device {query.device}, but is {describe(block_table)}")
-    if torch.compiler.is_compiling() or query.device.type != "cpu" or block_table.numel() == 0:
+    if block_table.numel() == 0 or not can_read(block_table):
         return
-    low, high = int(block_table.min()), int(block_table.max())
+    low, high = (int(entry) for entry in torch.aminmax(block_table))
     if low < 0 or high >= key_cache.shape[0]:
         raise ValueError(
             f"block_table must index key_cache's {key_cache.shape[0]} blocks, but has entries {low} to {high}"
         )
 
 
-def _check_new(key: Tensor | None, value: Tensor | None, query: Tensor, key_cache: Tensor, value_cache: Tensor) -> None:
-    if (key is None) != (value is None):
-        given, missing = ("key", "value") if value is None else ("value", "key")
-        raise ValueError(f"{missing} must be given with {given}, but is None")
-    if key is None:
-        return
-    for name, tensor, cache in (("key", key, key_cache), ("value", value, value_cache)):
-        check_tensor(name, tensor)
-        check_like(name, tensor, "query", query)
-        expected = (query.shape[0], cache.shape[1], query.shape[2], cache.shape[3])
-        if tuple(tensor.shape) != expected:
-            raise ValueError(f"{name} must have shape {expected}, but is {describe(tensor)}")
-
-
-def _check_lengths(kv_lengths: Tensor, start: Tensor, new: int, capacity: int, appended: bool) -> None:
-    low, high = int(start.min()), int(start.max()) + new
-    if low < 0:
-        least = 0 if appended else new
-        raise ValueError(f"kv_lengths must be at least {least}, but is {kv_lengths.tolist()}")
-    if high > capacity:
-        what = f" with {new} new tokens" if appended else ""
-        raise ValueError(f"kv_lengths must fit the cache of {capacity} entries{what}, but is {kv_lengths.tolist()}")
-
-
-def _rotate(x: Tensor, positions: Tensor, rotary: tuple[Tensor, Tensor], interleaved: bool) -> Tensor:
-    """Rotary embedding of (B, H, L, D) at positions (B, L), in float32 for half types."""
+def _check_rotary(rotary: tuple[Tensor, Tensor], query: Tensor) -> None:
     if not isinstance(rotary, (tuple, list)) or len(rotary) != 2 or not all(isinstance(t, Tensor) for t in rotary):
         raise TypeError(f"rotary must be (cos, sin), two tensors, but is {describe(rotary)}")
+    half = query.shape[-1] // 2
     for table in rotary:
         check_tensor("rotary", table)
-        if (
-            table.dim() != 2
-            or table.shape != rotary[0].shape
-            or 2 * table.shape[1] > x.shape[-1]
-            or table.device != x.device
-        ):
-            limit = f"(positions, at most {x.shape[-1] // 2}), on {x.device}"
-            raise ValueError(f"rotary must be two tensors of one shape {limit}, but has {describe(table)}")
-    if not torch.compiler.is_compiling() and x.device.type == "cpu" and positions.numel():
-        needed = int(positions.max()) + 1
-        if needed > rotary[0].shape[0]:
-            raise ValueError(f"rotary must have tables for {needed} positions, but has {rotary[0].shape[0]}")
-    cos, sin = (table[positions].unsqueeze(1) for table in rotary)  # (B, 1, L, rotary_dim / 2)
-    half = cos.shape[-1]
-    turned, rest = x[..., : 2 * half].to(torch.promote_types(x.dtype, cos.dtype)), x[..., 2 * half :]
-    if interleaved:
-        a, b = turned[..., 0::2], turned[..., 1::2]
-        turned = torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2)
-    else:
-        a, b = turned.chunk(2, -1)
-        turned = torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
-    return torch.cat((turned.to(x.dtype), rest), -1)
+        check_device("rotary", table, "query", query)
+        if table.dim() != 2 or table.shape != rotary[0].shape or table.shape[1] > half:
+            raise ValueError(
+                f"rotary must be two tensors of one shape (positions, at most {half}), but has {describe(table)}"
+            )
 
 
-def _append(cache: Tensor, new: Tensor, positions: Tensor, block_table: Tensor | None) -> None:
-    """Write (B, H, L, D) at each row's positions (B, L), in place."""
-    rows = torch.arange(positions.shape[0], device=positions.device)[:, None]
-    within = positions
-    if block_table is not None:
-        block_size = cache.shape[2]
-        rows, within = block_table[rows, positions // block_size], positions % block_size
-    cache[rows, :, within] = new.transpose(1, 2)
-
-
-def _gather(cache: Tensor, block_table: Tensor) -> Tensor:
-    """(num_blocks, H, block_size, D) -> (B, H, blocks_per_row * block_size, D)."""
-    return cache[block_table].transpose(1, 2).flatten(2, 3)
+def _check_lengths(
+    lengths: list[int], new: int, capacity: int, *, appended: bool, rotary: tuple[Tensor, Tensor] | None
+) -> None:
+    """The lengths as given: before the new tokens are appended, or with the queries' own entries in them."""
+    least, stop = (0, max(lengths) + new) if appended else (new, max(lengths))
+    if min(lengths) < least:
+        raise ValueError(f"kv_lengths must be at least {least}, but is {lengths}")
+    if stop > capacity:
+        what = f" with {new} new tokens" if appended else ""
+        raise ValueError(f"kv_lengths must fit the cache of {capacity} entries{what}, but is {lengths}")
+    if rotary is not None and stop > rotary[0].shape[0]:
+        raise ValueError(f"rotary must have tables for {stop} positions, but has {rotary[0].shape[0]}")

@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from .attention import attention
-from .checks import INDEX_DTYPES, check_device, check_tensor, describe, is_integer
+from ..backends import dispatch
+from .attention_arguments import (
+    can_read,
+    check_heads,
+    prepare_offset,
+    prepare_scale,
+    prepare_slopes,
+    prepare_softcap,
+    prepare_window,
+)
+from .checks import (
+    INDEX_DTYPES,
+    autocast_dtype,
+    check_bool,
+    check_device,
+    check_dtype,
+    check_number,
+    check_tensor,
+    describe,
+    is_integer,
+    without_autocast,
+)
 
 
 def attention_varlen(
@@ -43,39 +62,80 @@ def attention_varlen(
         (total_q, Hq, Dv); with ``return_lse`` also the log-sum-exp, (total_q, Hq).
 
     Raises:
-        TypeError, ValueError: an argument has the wrong type, dtype, shape or range; the message names it.
+        TypeError, ValueError: an argument has the wrong type, dtype, shape or range; the message names it. On a GPU,
+            and in a compiled graph, the values of ``cu_seqlens_q`` and ``cu_seqlens_k`` are not read.
+        RuntimeError: ``impl`` names an implementation that can't serve this call; the message says why.
 
-    The sequences are gathered into a padded batch of B × max_seqlen rows, attended with their lengths, and packed
-    again.
+    The native kernel reads the packed tensors as they are. Elsewhere the sequences are laid into a padded batch of
+    B × max_seqlen rows, attended with their lengths, and packed again.
     """
+    call = prepare(
+        query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, is_causal, scale,
+        query_offset, window, softcap, alibi_slopes, return_lse,
+    )  # fmt: skip
+    out, lse = without_autocast(lambda: dispatch.run(dispatch.ATTENTION_VARLEN, impl, call), query)
+    return (out, lse) if return_lse else out
+
+
+def prepare(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    query_offset: int | Tensor,
+    window: tuple[int, int] | None,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    return_lse: bool,
+) -> dict:
+    """Check every argument and bring them to the form that implementations take: slopes (B, Hq)."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         check_tensor(name, tensor)
+        check_device(name, tensor, "query", query)
         if tensor.dim() != 3:
             raise ValueError(f"{name} must have shape (total, heads, head_dim), but is {describe(tensor)}")
-    if value.shape[0] != key.shape[0]:
-        raise ValueError(f"value must have key's total length {key.shape[0]} first, but is {describe(value)}")
+    cast = autocast_dtype(query)
+    if cast is not None:
+        query, key, value = query.to(cast), key.to(cast), value.to(cast)
+    check_dtype("key", key, "query", query)
+    check_dtype("value", value, "query", query)
+    (_, heads, head_dim), (total_k, kv_heads, _) = query.shape, key.shape
+    check_heads("key", key, query, kv_heads, heads)
+    if value.shape[:2] != (total_k, kv_heads):
+        raise ValueError(f"value must have key's total length {total_k} and {kv_heads} heads, but is {describe(value)}")
     _check_seqlens("cu_seqlens_q", cu_seqlens_q, "max_seqlen_q", max_seqlen_q, query)
     _check_seqlens("cu_seqlens_k", cu_seqlens_k, "max_seqlen_k", max_seqlen_k, key)
     if cu_seqlens_k.shape != cu_seqlens_q.shape:
         raise ValueError(
             f"cu_seqlens_k must have cu_seqlens_q's shape {tuple(cu_seqlens_q.shape)}, but is {describe(cu_seqlens_k)}"
         )
-
-    padded = [
-        _pad(query, cu_seqlens_q, max_seqlen_q),
-        _pad(key, cu_seqlens_k, max_seqlen_k),
-        _pad(value, cu_seqlens_k, max_seqlen_k),
-    ]
-    result = attention(
-        *padded, None, dropout_p, is_causal, scale, query_offset=query_offset, kv_lengths=cu_seqlens_k.diff(),
-        window=window, softcap=softcap, alibi_slopes=alibi_slopes, return_lse=return_lse, impl=impl,
-    )  # fmt: skip
-    rows = torch.arange(query.shape[0], device=query.device)
-    sequence = torch.searchsorted(cu_seqlens_q[1:].contiguous(), rows.to(cu_seqlens_q.dtype), right=True)
-    within = rows - cu_seqlens_q[sequence]
-    if not return_lse:
-        return result[sequence, :, within]
-    return result[0][sequence, :, within], result[1][sequence, :, within]
+    check_number("dropout_p", dropout_p, low=0, high=1)
+    check_bool("is_causal", is_causal)
+    check_bool("return_lse", return_lse)
+    batch = cu_seqlens_q.shape[0] - 1
+    return {
+        "query": query,
+        "key": key,
+        "value": value,
+        "cu_seqlens_q": cu_seqlens_q,
+        "cu_seqlens_k": cu_seqlens_k,
+        "max_seqlen_q": max_seqlen_q,
+        "max_seqlen_k": max_seqlen_k,
+        "dropout_p": float(dropout_p),
+        "is_causal": is_causal,
+        "scale": prepare_scale(scale, head_dim),
+        "query_offset": prepare_offset(query_offset, query, batch),
+        "window": prepare_window(window),
+        "softcap": prepare_softcap(softcap),
+        "alibi_slopes": prepare_slopes(alibi_slopes, query, batch, heads),
+        "return_lse": return_lse,
+    }
 
 
 def _check_seqlens(name: str, cu_seqlens: Tensor, max_name: str, max_seqlen: int, packed: Tensor) -> None:
@@ -87,19 +147,11 @@ def _check_seqlens(name: str, cu_seqlens: Tensor, max_name: str, max_seqlen: int
         raise TypeError(f"{max_name} must be an int, but is {describe(max_seqlen)}")
     if max_seqlen < 0:
         raise ValueError(f"{max_name} must be at least 0, but is {max_seqlen}")
-    if torch.compiler.is_compiling() or packed.device.type != "cpu":
-        return  # reading the values would break the graph, or wait for the GPU
-    lengths = cu_seqlens.diff()
-    if cu_seqlens[0] != 0 or cu_seqlens[-1] != packed.shape[0] or (lengths < 0).any():
-        raise ValueError(f"{name} must rise from 0 to the total length {packed.shape[0]}, but is {cu_seqlens.tolist()}")
-    if lengths.max() > max_seqlen:
-        raise ValueError(f"{max_name} must be at least the longest sequence, {int(lengths.max())}, but is {max_seqlen}")
-
-
-def _pad(packed: Tensor, cu_seqlens: Tensor, length: int) -> Tensor:
-    """(total, H, D) -> (B, H, length, D). Rows past a sequence's end repeat its last one; kv_lengths hides them."""
-    if packed.shape[0] == 0:
-        return packed.new_zeros(cu_seqlens.shape[0] - 1, packed.shape[1], length, packed.shape[2])
-    index = torch.arange(length, device=packed.device) + cu_seqlens[:-1, None]
-    last = (cu_seqlens[1:, None] - 1).clamp(min=0)
-    return packed[torch.minimum(index, last)].transpose(1, 2)
+    if not can_read(cu_seqlens):
+        return
+    starts = cu_seqlens.tolist()
+    lengths = [stop - start for start, stop in zip(starts, starts[1:], strict=False)]
+    if starts[0] != 0 or starts[-1] != packed.shape[0] or min(lengths) < 0:
+        raise ValueError(f"{name} must rise from 0 to the total length {packed.shape[0]}, but is {starts}")
+    if max(lengths) > max_seqlen:
+        raise ValueError(f"{max_name} must be at least the longest sequence, {max(lengths)}, but is {max_seqlen}")
