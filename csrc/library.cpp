@@ -3,10 +3,22 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(gpt4fast, m) {
+  // What attention_forward and attention_backward are given besides their operands.
+#define ATTENTION_SETTINGS                                                                                       \
+  "Tensor? attn_mask, float dropout_p, Tensor? dropout_seed, bool is_causal, float scale, SymInt query_offset, " \
+  "Tensor? query_offsets, Tensor? kv_lengths, Tensor? kv_starts, SymInt window_left, SymInt window_right, "      \
+  "float softcap, Tensor? alibi_slopes, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k"
+  m.def("attention_forward(Tensor query, Tensor key, Tensor value, " ATTENTION_SETTINGS
+        ") -> (Tensor out, Tensor lse)");
   m.def(
-      "attention_forward(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, bool is_causal, float scale, "
-      "SymInt query_offset, Tensor? query_offsets, Tensor? kv_lengths, Tensor? kv_starts, SymInt window_left, "
-      "SymInt window_right, float softcap, Tensor? alibi_slopes) -> (Tensor, Tensor)");
+      "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, "
+      "Tensor lse, bool needs_mask_grad, " ATTENTION_SETTINGS
+      ") -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_mask)");
+  m.def(
+      "attention_decode(Tensor query, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor kv_lengths, Tensor? key, "
+      "Tensor? value, Tensor? block_table, Tensor? cos, Tensor? sin, bool rotary_interleaved, Tensor(c!)? key_scales, "
+      "Tensor(d!)? value_scales, float scale, Tensor? kv_starts, SymInt window_left, SymInt window_right, "
+      "float softcap, Tensor? alibi_slopes) -> (Tensor out, Tensor lse)");
   m.def(
       "conv_transpose_forward(Tensor input, Tensor weight, Tensor? bias, int[] stride, int[] padding, "
       "int[] output_padding, int groups, int[] dilation, Tensor? scale, Tensor? shift, str activation, "

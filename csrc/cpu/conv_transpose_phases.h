@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <numeric>
 
-#include "simd/scalar.h"
+#include "simd/simd.h"
 
 namespace gpt4fast::cpu {
 

@@ -13,7 +13,7 @@
 
 #include "../common/activation.h"
 #include "conv_transpose_phases.h"
-#include "simd/scalar.h"
+#include "simd/simd.h"
 
 namespace gpt4fast::cpu {
 
@@ -69,7 +69,7 @@ Plan make_plan(const ConvTransposeForwardParams& p, int64_t threads) {
     const int64_t share = (plan.group_outputs + threads - 1) / threads;
     plan.block_outputs = std::clamp<int64_t>(kPatchFloats / (plan.images * pixels * taps), 1, share);
     plan.blocks = p.groups * ((plan.group_outputs + plan.block_outputs - 1) / plan.block_outputs);
-    plan.thread_floats = (plan.images * pixels + 4) * simd::round_up(plan.block_outputs * taps) +
+    plan.thread_floats = (plan.images * pixels + 4) * simd::round_up(plan.block_outputs * taps, simd::kLanes) +
                          plan.images * plan.block_outputs * outputs;
   } else {
     if (plan.group_inputs == 1 && plan.group_outputs == 1) {
@@ -80,7 +80,7 @@ Plan make_plan(const ConvTransposeForwardParams& p, int64_t threads) {
       plan.tap_step = kChannelBlock;
     } else if (plan.group_outputs <= 3) {
       plan.method = Method::few_outputs;
-      plan.depth = simd::round_up(plan.group_inputs);
+      plan.depth = simd::round_up(plan.group_inputs, simd::kLanes);
       plan.block_outputs = plan.group_outputs;
       plan.blocks = p.groups;
       plan.pixel_step = p.groups * plan.depth;

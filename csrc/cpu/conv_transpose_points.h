@@ -12,11 +12,22 @@
 #include <vector>
 
 #include "conv_transpose_plan.h"
-#include "simd/scalar.h"
+#include "simd/simd.h"
 
 namespace gpt4fast::cpu {
 
 // Sums of kDepth terms are added to the patch, not single terms: their rounding errors grow more slowly.
+// Torch's types as the bits that the vector operations take.
+inline const float* bits_of(const float* source) {
+  return source;
+}
+inline const BFloat16* bits_of(const torch::headeronly::BFloat16* source) {
+  return reinterpret_cast<const BFloat16*>(source);
+}
+inline const Half* bits_of(const torch::headeronly::Half* source) {
+  return reinterpret_cast<const Half*>(source);
+}
+
 // patch[row] += sum over k of x[row][k] * weight[k] for kDepth weight rows and kVectors * kLanes columns from column
 // on.
 template <int kDepth, int kVectors, typename T>
@@ -26,7 +37,7 @@ void add_weight_columns(const float* x, int64_t x_step, int64_t rows, const T* c
   Vector weights[kDepth][kVectors];
   for (int k = 0; k < kDepth; ++k) {
     for (int v = 0; v < kVectors; ++v) {
-      weights[k][v] = load(weight[k] + column + v * kLanes);
+      weights[k][v] = load(bits_of(weight[k] + column + v * kLanes));
     }
   }
   for (int64_t row = 0; row < rows; ++row) {
@@ -106,7 +117,7 @@ void run_points(const ConvTransposeForwardParams& p, const Plan& plan, const flo
     const int64_t images = std::min(plan.images, p.batch - image);
     const int64_t group = block / group_blocks, first = block % group_blocks * plan.block_outputs;
     const int64_t channels = std::min(plan.block_outputs, plan.group_outputs - first);
-    const int64_t width = simd::round_up(channels * taps), rows = images * pixels;
+    const int64_t width = simd::round_up(channels * taps, simd::kLanes), rows = images * pixels;
     float* patch = memory + thread * plan.thread_floats;
     float* converted = patch + rows * width;
     float* sums = converted + 4 * width;

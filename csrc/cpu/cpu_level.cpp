@@ -3,6 +3,7 @@
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>
+#include <iterator>
 #include <stdexcept>
 
 #if defined(__x86_64__)
@@ -130,7 +131,11 @@ CpuLevel detected_cpu_level() {
 }
 
 std::vector<CpuLevel> compiled_cpu_levels() {
+#if GPT4FAST_X86_LEVELS
+  return {std::begin(kLevels), std::end(kLevels)};
+#else
   return {CpuLevel::scalar};
+#endif
 }
 
 CpuLevel cpu_level() {

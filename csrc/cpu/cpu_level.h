@@ -31,3 +31,32 @@ GPT4FAST_EXPORT CpuLevel cpu_level();
 GPT4FAST_EXPORT void force_cpu_level(const std::string& name);
 
 }  // namespace gpt4fast
+
+// Declares the kernel NAME, a TYPE, of every level, and active_NAME(), which gives that of the active level.
+#if GPT4FAST_X86_LEVELS
+#define GPT4FAST_KERNEL_OF_LEVELS(TYPE, NAME)                                                      \
+  namespace scalar {                                                                               \
+  extern const TYPE NAME;                                                                          \
+  }                                                                                                \
+  namespace avx2 {                                                                                 \
+  extern const TYPE NAME;                                                                          \
+  }                                                                                                \
+  namespace avx512 {                                                                               \
+  extern const TYPE NAME;                                                                          \
+  }                                                                                                \
+  namespace avx512_bf16 {                                                                          \
+  extern const TYPE NAME;                                                                          \
+  }                                                                                                \
+  inline const TYPE& active_##NAME() {                                                             \
+    const TYPE* const kernels[] = {&scalar::NAME, &avx2::NAME, &avx512::NAME, &avx512_bf16::NAME}; \
+    return *kernels[static_cast<int>(cpu_level())];                                                \
+  }
+#else
+#define GPT4FAST_KERNEL_OF_LEVELS(TYPE, NAME) \
+  namespace scalar {                          \
+  extern const TYPE NAME;                     \
+  }                                           \
+  inline const TYPE& active_##NAME() {        \
+    return scalar::NAME;                      \
+  }
+#endif

@@ -3,31 +3,55 @@
 #include <cstdint>
 #include <cstring>
 
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
+#include "elements.h"
 
-// The level that every processor has. Four lanes in the vector notation that GCC and Clang share; the compiler lowers
-// it to what the target's baseline offers (SSE2, NEON, or four scalars), so nothing here names an instruction set.
-namespace gpt4fast::simd {
+// The level that every processor has, and the interface of all levels. Four lanes in the vector notation that GCC and
+// Clang share; the compiler lowers it to what the target's baseline offers (SSE2, NEON, or four scalars), so nothing
+// here names an instruction set.
+namespace gpt4fast::cpu::GPT4FAST_LEVEL {
 
 using Vector = float __attribute__((vector_size(16)));
 using IntVector = int32_t __attribute__((vector_size(16)));
 using UintVector = uint32_t __attribute__((vector_size(16)));
+using WideVector = uint64_t __attribute__((vector_size(32)));
 using ShortVector = uint16_t __attribute__((vector_size(8)));
+using ByteVector = int8_t __attribute__((vector_size(4)));
+using Mask = IntVector;  // of each lane all bits or none
 
 inline constexpr int64_t kLanes = 4;
-
-inline constexpr int64_t round_up(int64_t size) {
-  return (size + kLanes - 1) / kLanes * kLanes;
-}
+inline constexpr int kTileRows = 4;  // accumulators of a tile product: kTileRows x kTileVectors registers
+inline constexpr int kTileVectors = 2;
 
 inline Vector broadcast(float value) {
   return Vector{value, value, value, value};
 }
 
+// The lanes first <= i < last.
+inline Mask lanes_between(int64_t first, int64_t last) {
+  const auto limit = [](int64_t lane) { return static_cast<int32_t>(lane < 0 ? 0 : lane > 4 ? 4 : lane); };
+  const IntVector lanes = {0, 1, 2, 3};
+  return (lanes >= limit(first)) & (lanes < limit(last));
+}
+
+inline bool any(Mask mask) {
+  return (mask[0] | mask[1] | mask[2] | mask[3]) != 0;
+}
+
 // Casts between vector types of one size keep the bits.
-inline Vector select(IntVector condition, Vector yes, Vector no) {
-  return (Vector)((condition & (IntVector)yes) | (~condition & (IntVector)no));
+inline Vector select(Mask mask, Vector yes, Vector no) {
+  return (Vector)((mask & (IntVector)yes) | (~mask & (IntVector)no));
+}
+
+inline Mask greater(Vector a, Vector b) {
+  return (Mask)(a > b);
+}
+
+inline Mask equal(Vector a, Vector b) {
+  return (Mask)(a == b);
+}
+
+inline Mask at_least(UintVector a, uint32_t b) {
+  return (Mask)(a >= b);
 }
 
 inline Vector load(const float* source) {
@@ -36,13 +60,13 @@ inline Vector load(const float* source) {
   return result;
 }
 
-inline Vector load(const torch::headeronly::BFloat16* source) {
+inline Vector load(const BFloat16* source) {
   ShortVector bits;
   std::memcpy(&bits, source, sizeof(bits));
   return (Vector)(__builtin_convertvector(bits, UintVector) << 16);
 }
 
-inline Vector load(const torch::headeronly::Half* source) {
+inline Vector load(const Half* source) {
   ShortVector bits;
   std::memcpy(&bits, source, sizeof(bits));
   const IntVector half = (IntVector) __builtin_convertvector(bits, UintVector);
@@ -55,16 +79,62 @@ inline Vector load(const torch::headeronly::Half* source) {
   return (Vector)((IntVector)select(magnitude < (1 << 23), subnormal, (Vector)normal) | sign);
 }
 
+inline Vector load(const int8_t* source) {
+  ByteVector bytes;
+  std::memcpy(&bytes, source, sizeof(bytes));
+  return __builtin_convertvector(bytes, Vector);
+}
+
+// The first count <= kLanes numbers, then zeros; nothing behind them is read.
+template <typename T>
+inline Vector load(const T* source, int64_t count) {
+  T values[4] = {};
+  std::memcpy(values, source, static_cast<size_t>(count) * sizeof(T));
+  return load(values);
+}
+
 inline void store(float* target, Vector value) {
   std::memcpy(target, &value, sizeof(value));
+}
+
+// Rounds to nearest, ties to even.
+inline void store(BFloat16* target, Vector value) {
+  const UintVector bits = (UintVector)value;
+  const UintVector rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const UintVector quiet =
+      (UintVector)select((Mask)(value == value), (Vector)rounded, (Vector)(UintVector{} + 0x7fc0u));
+  const ShortVector result = __builtin_convertvector(quiet, ShortVector);
+  std::memcpy(target, &result, sizeof(result));
+}
+
+inline void store(Half* target, Vector value) {
+  const UintVector sign = ((UintVector)value >> 16) & 0x8000u;
+  const UintVector bits = (UintVector)value & 0x7fffffffu;
+  // Normal results drop 13 bits, rounding to even; subnormal ones are rounded by adding a number whose last bit is
+  // worth 2^-24; what is too large becomes infinity.
+  const UintVector normal = (bits - (112u << 23) + 0xfffu + ((bits >> 13) & 1u)) >> 13;
+  const UintVector subnormal = (UintVector)((Vector)bits + 0.5f) - (UintVector)(Vector{} + 0.5f);
+  UintVector half = (UintVector)select((Mask)(bits < (113u << 23)), (Vector)subnormal, (Vector)normal);
+  half = (UintVector)select((Mask)(bits >= 0x477ff000u), (Vector)(UintVector{} + 0x7c00u), (Vector)half);
+  half = (UintVector)select((Mask)(bits > 0x7f800000u), (Vector)(UintVector{} + 0x7e00u), (Vector)half);
+  const ShortVector result = __builtin_convertvector(half | sign, ShortVector);
+  std::memcpy(target, &result, sizeof(result));
+}
+
+template <typename T>
+inline void store(T* target, Vector value, int64_t count) {
+  T values[4];
+  store(values, value);
+  std::memcpy(target, values, static_cast<size_t>(count) * sizeof(T));
 }
 
 inline Vector multiply_add(Vector a, Vector b, Vector c) {
   return a * b + c;
 }
 
+// a where either is NaN.
 inline Vector maximum(Vector a, Vector b) {
-  return select((IntVector)(b > a), b, a);
+  return select((Mask)(b > a), b, a);
 }
 
 inline float sum(Vector value) {
@@ -77,43 +147,33 @@ inline float largest(Vector value) {
   return low > high ? low : high;
 }
 
-// The sums of the lanes of four vectors.
-inline Vector sums(const Vector (&rows)[4]) {
-  const auto &a = rows[0], &b = rows[1], &c = rows[2], &d = rows[3];
-  const Vector ab = Vector{a[0], b[0], a[1], b[1]} + Vector{a[2], b[2], a[3], b[3]};
-  const Vector cd = Vector{c[0], d[0], c[1], d[1]} + Vector{c[2], d[2], c[3], d[3]};
-  return Vector{ab[0], ab[1], cd[0], cd[1]} + Vector{ab[2], ab[3], cd[2], cd[3]};
+// x - floor(x) for |x| < 2^31.
+inline Vector fraction(Vector x) {
+  const Vector whole = __builtin_convertvector(__builtin_convertvector(x, IntVector), Vector);
+  const Vector rest = x - whole;
+  return select(rest < 0.0f, rest + 1.0f, rest);
 }
 
-// e^x within 2 units in the last place for x in [-87.3, 88]; 0 below, NaN for NaN. Coefficients: Cephes' expf.
-inline Vector exp(Vector x) {
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
-  const Vector shifted = x * 1.44269504088896341f + kRound;
-  const Vector count = shifted - kRound;
-  const Vector rest = x - count * 0.693359375f + count * 2.12194440e-4f;
-  Vector series = rest * 1.9875691500e-4f + 1.3981999507e-3f;
-  series = series * rest + 8.3334519073e-3f;
-  series = series * rest + 4.1665795894e-2f;
-  series = series * rest + 1.6666665459e-1f;
-  series = series * rest + 5.0000001201e-1f;
-  series = series * rest * rest + rest + 1.0f;
-  const Vector power = (Vector)(((UintVector)shifted + 127u) << 23);
-  return select((IntVector)(x < -87.3f), Vector{}, series * power);
+// value * 2^floor(x), 0 where that is less than the smallest normal number.
+inline Vector scale_by_power(Vector value, Vector x) {
+  const Vector limited = select(x > 127.0f, broadcast(127.0f), x);
+  const IntVector whole = __builtin_convertvector(limited - fraction(limited), IntVector);
+  const Vector power = (Vector)((whole + 127) << 23);
+  return select(x < -126.0f, Vector{}, value * power);
 }
 
-// tanh within 3 units in the last place. Coefficients of the series around 0: Cephes' tanhf.
-inline Vector tanh(Vector x) {
-  const UintVector sign = (UintVector)x & 0x80000000u;
-  const Vector size = (Vector)((UintVector)x & 0x7fffffffu);
-  const Vector square = x * x;
-  Vector series = square * -5.70498872745e-3f + 2.06390887954e-2f;
-  series = series * square - 5.37397155531e-2f;
-  series = series * square + 1.33314422036e-1f;
-  series = series * square - 3.33332819422e-1f;
-  series = series * square * x + x;
-  const Vector limited = select((IntVector)(size > 10.0f), broadcast(10.0f), size);
-  const Vector far = 1.0f - 2.0f / (exp(limited + limited) + 1.0f);
-  return select((IntVector)(size < 0.625f), series, (Vector)((UintVector)far | sign));
+// Turns a block of kLanes x kLanes numbers about its diagonal.
+inline void transpose(Vector (&rows)[4]) {
+  const Vector a = rows[0], b = rows[1], c = rows[2], d = rows[3];
+  for (int i = 0; i < 4; ++i) {
+    rows[i] = Vector{a[i], b[i], c[i], d[i]};
+  }
 }
 
-}  // namespace gpt4fast::simd
+// The upper halves of the 64-bit products.
+inline UintVector multiply_high(UintVector a, UintVector b) {
+  const WideVector product = __builtin_convertvector(a, WideVector) * __builtin_convertvector(b, WideVector);
+  return __builtin_convertvector(product >> 32, UintVector);
+}
+
+}  // namespace gpt4fast::cpu::GPT4FAST_LEVEL

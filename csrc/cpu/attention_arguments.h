@@ -1,0 +1,57 @@
+#pragma once
+
+// What the attention operators have in common: their arguments, checked and turned into parameters for a kernel.
+
+#include <cstdint>
+#include <optional>
+
+#include <torch/csrc/stable/tensor.h>
+
+#include "../attention.h"
+
+namespace gpt4fast::cpu {
+
+// The arguments of attention_forward and attention_backward after the tensors, in the order of the schema.
+struct AttentionSettings {
+  const std::optional<torch::stable::Tensor>& attn_mask;
+  double dropout_p;
+  const std::optional<torch::stable::Tensor>& dropout_seed;
+  bool is_causal;
+  double scale;
+  int64_t query_offset;
+  const std::optional<torch::stable::Tensor>& query_offsets;
+  const std::optional<torch::stable::Tensor>& kv_lengths;
+  const std::optional<torch::stable::Tensor>& kv_starts;
+  int64_t window_left;
+  int64_t window_right;
+  double softcap;
+  const std::optional<torch::stable::Tensor>& alibi_slopes;
+  const std::optional<torch::stable::Tensor>& cu_seqlens_q;
+  const std::optional<torch::stable::Tensor>& cu_seqlens_k;
+};
+
+// Throws std::runtime_error where an argument would make a kernel leave its memory.
+void set_attention_params(const torch::stable::Tensor& query, const torch::stable::Tensor& key,
+                          const torch::stable::Tensor& value, const AttentionSettings& settings, AttentionParams& p);
+
+ElementType element_type_of(const torch::stable::Tensor& tensor, const char* name);
+
+// A contiguous int64 tensor (rows), or null.
+const int64_t* index_data(const std::optional<torch::stable::Tensor>& index, const char* name, int64_t rows);
+
+// Threads worth waking for this many multiplications: one for each ten microseconds.
+int64_t threads_for(double multiplications);
+
+// An uninitialised tensor (batch, heads, length, dim) that lies in memory as (batch, length, heads, dim), like the
+// result of torch's own attention on a CPU.
+torch::stable::Tensor empty_by_length(const torch::stable::Tensor& like, int64_t batch, int64_t heads, int64_t length,
+                                      int64_t dim);
+
+template <size_t kCount>
+void copy_strides(const torch::stable::Tensor& tensor, int64_t (&strides)[kCount]) {
+  for (size_t axis = 0; axis < kCount; ++axis) {
+    strides[axis] = tensor.stride(static_cast<int64_t>(axis));
+  }
+}
+
+}  // namespace gpt4fast::cpu

@@ -1,0 +1,347 @@
+// Flash attention (Dao et al., 2022) on the CPU: one pass over tiles of keys with a running maximum and sum, so that
+// scratch memory does not grow with the square of the length. A task is one sequence, one key/value head and a block of
+// query rows. For each tile, six rows at a time go through scores, softmax and the product with the values while their
+// scores are in L1. Compiled once per CPU level.
+#include "../attention.h"
+
+#include "attention_pack.h"
+#include "attention_rows.h"
+#include "attention_scores.h"
+#include "tile_product.h"
+
+namespace gpt4fast::cpu::GPT4FAST_LEVEL {
+namespace {
+
+// The running maximum follows the true one only when it falls behind by this much, in powers of 2: until then the
+// weights are at most 2^8 times too large, which float32 and bfloat16 represent as well, and nothing is rescaled.
+constexpr float kSlack = 8.0f;
+
+constexpr int64_t kManyRows = 192;  // of a block whose queries and sums then fit in half of L2 (1 MiB) for D <= 128
+constexpr int64_t kFewRows = 96;    // for larger D
+
+int64_t block_rows(const AttentionForwardParams& p) {
+  return p.head_dim + p.value_dim <= 256 ? kManyRows : kFewRows;
+}
+
+int64_t longest_sequence(const AttentionForwardParams& p) {
+  int64_t keys = 0;
+  for (int64_t b = 0; b < p.batch; ++b) {
+    keys = most(keys, Sequence(p, b).keys);
+  }
+  return keys;
+}
+
+// Scratch memory of one thread. T is what products are made of.
+template <typename T>
+struct Workspace {
+  T* queries;            // (block_rows, padded_depth(D))
+  float* out;            // (block_rows, padded_columns(Dv))
+  Vector* totals;        // (block_rows)
+  float* scores;         // (kTileRows, kKeyBlock)
+  float* bias;           // (kTileRows, kKeyBlock)
+  T* weights;            // (kTileRows, kKeyBlock); float32 weights replace the scores
+  Row* rows;             // (block_rows)
+  float* maxima;         // (block_rows), of the scores times log2(e)
+  T* keys;               // (tiles, padded_depth(D) / kDepth, kKeyBlock, kDepth)
+  T* values;             // (tiles, kKeyBlock / kDepth, padded_columns(Dv), kDepth)
+  uint8_t* tile_states;  // (tiles)
+  int64_t bytes = 0;
+
+  Workspace(const AttentionForwardParams& p, void* memory) : base_(static_cast<char*>(memory)) {
+    const int64_t rows_count = block_rows(p), depth = padded_depth<T>(p.head_dim), width = padded_columns(p.value_dim);
+    const int64_t tiles = (longest_sequence(p) + kKeyBlock - 1) / kKeyBlock;
+    take(queries, rows_count * depth);
+    take(out, rows_count * width);
+    take(totals, rows_count);
+    take(scores, kTileRows * kKeyBlock);
+    take(bias, kTileRows * kKeyBlock);
+    if constexpr (kDepth<T> == 1) {
+      weights = scores;
+    } else {
+      take(weights, kTileRows * kKeyBlock);
+    }
+    take(rows, rows_count);
+    take(maxima, rows_count);
+    take(keys, tiles * depth * kKeyBlock);
+    take(values, tiles * kKeyBlock * width);
+    take(tile_states, tiles);
+  }
+
+ private:
+  template <typename Item>
+  void take(Item*& pointer, int64_t count) {
+    pointer = reinterpret_cast<Item*>(base_ + bytes);
+    bytes += round_up(count * static_cast<int64_t>(sizeof(Item)), 64);
+  }
+
+  char* base_;
+};
+
+enum TileState : uint8_t { kNotPacked, kFinite, kNotFinite };
+
+template <typename scalar_t>
+class Kernel {
+  using T = Compute<scalar_t>;
+
+ public:
+  Kernel(const AttentionForwardParams& params, void* memory) : p(params), work(params, memory), dropout(params) {}
+
+  // Rows [start, start + count) of the queries * Hq / Hk rows that share a key/value head.
+  void run(const Sequence& sequence, int64_t kv_head, int64_t start, int64_t count) {
+    begin_head(sequence, kv_head);
+    begin_rows(sequence, kv_head, start, count);
+    const Range tiles = visible_tiles(work.rows, count);
+    const bool is_general = has_adjustments(p) || p.dropout_p != 0.0f || p.scale <= 0.0f;
+    for (int64_t tile = tiles.first; tile < tiles.last; ++tile) {
+      pack(sequence, tile);
+      for (int64_t row = 0; row < count; row += kTileRows) {
+        if (is_general) {
+          add_tile<true>(sequence, tile, row, least<int64_t>(kTileRows, count - row));
+        } else {
+          add_tile<false>(sequence, tile, row, least<int64_t>(kTileRows, count - row));
+        }
+      }
+    }
+    write(sequence, count);
+  }
+
+ private:
+  void begin_head(const Sequence& sequence, int64_t kv_head) {
+    if (packed_sequence_ == sequence.index && packed_head_ == kv_head) {
+      return;
+    }
+    packed_sequence_ = sequence.index;
+    packed_head_ = kv_head;
+    std::memset(work.tile_states, kNotPacked, static_cast<size_t>((sequence.keys + kKeyBlock - 1) / kKeyBlock));
+    keys_ = {static_cast<const scalar_t*>(p.key) + sequence.storage * p.key_strides[0] + kv_head * p.key_strides[1] +
+                 sequence.first_key * p.key_strides[2],
+             p.key_strides[2], p.key_strides[3], p.head_dim};
+    values_ = {static_cast<const scalar_t*>(p.value) + sequence.storage * p.value_strides[0] +
+                   kv_head * p.value_strides[1] + sequence.first_key * p.value_strides[2],
+               p.value_strides[2], p.value_strides[3], p.value_dim};
+  }
+
+  void begin_rows(const Sequence& sequence, int64_t kv_head, int64_t start, int64_t count) {
+    const int64_t depth = padded_depth<T>(p.head_dim), width = padded_columns(p.value_dim);
+    for (int64_t i = 0; i < count; ++i) {
+      Row& row = work.rows[i] = Row(p, sequence, kv_head, start + i);
+      work.maxima[i] = -kInfinity;
+      work.totals[i] = Vector{};
+      const scalar_t* query = static_cast<const scalar_t*>(p.query) + sequence.storage * p.query_strides[0] +
+                              row.head * p.query_strides[1] + (sequence.first_query + row.query) * p.query_strides[2];
+      pack_row(query, p.query_strides[3], p.head_dim, depth, work.queries + i * depth);
+    }
+    std::memset(work.out, 0, static_cast<size_t>(count * width) * sizeof(float));
+  }
+
+  T* packed_keys(int64_t tile) { return work.keys + tile * padded_depth<T>(p.head_dim) * kKeyBlock; }
+  T* packed_values(int64_t tile) { return work.values + tile * kKeyBlock * padded_columns(p.value_dim); }
+
+  // Once per head: all blocks of rows share it.
+  void pack(const Sequence& sequence, int64_t tile) {
+    if (work.tile_states[tile] != kNotPacked) {
+      return;
+    }
+    const int64_t key = tile * kKeyBlock, count = least(kKeyBlock, sequence.keys - key);
+    pack_transposed(rows_from(keys_, key), count, packed_keys(tile));
+    const bool finite = pack_right(rows_from(values_, key), count, kKeyBlock, packed_values(tile));
+    work.tile_states[tile] = finite ? kFinite : kNotFinite;
+  }
+
+  template <bool kGeneral>
+  void add_tile(const Sequence& sequence, int64_t tile, int64_t first, int64_t count) {
+    const int64_t key = tile * kKeyBlock;
+    const Range seen = visible_columns(work.rows + first, count, key);
+    if (seen.empty()) {
+      return;
+    }
+    const Range columns = {seen.first / kLanes * kLanes, round_up(seen.last, kLanes)};
+    if constexpr (kGeneral) {
+      bool any_visible = !p.mask;
+      for (int64_t i = 0; p.mask && i < count; ++i) {
+        any_visible |= read_mask(p, sequence, work.rows[first + i], key, columns, work.bias + i * kKeyBlock);
+      }
+      if (!any_visible) {
+        return;
+      }
+    }
+    const int64_t depth = padded_depth<T>(p.head_dim);
+    multiply<false>(count, LeftOperand<T>{work.queries + first * depth, depth, kDepth<T>},
+                    RightOperand<T>{packed_keys(tile) + columns.first * kDepth<T>, kKeyBlock * kDepth<T>},
+                    depth / kDepth<T>, (columns.last - columns.first) / kLanes, work.scores + columns.first, kKeyBlock);
+    for (int64_t i = 0; i < count; ++i) {
+      const Row& row = work.rows[first + i];
+      float* scores = work.scores + i * kKeyBlock;
+      if constexpr (kGeneral) {
+        adjust_scores(p, row, key, columns, p.mask ? work.bias + i * kKeyBlock : nullptr, scores, nullptr);
+      }
+      const Range visible = visible_columns(row, key);
+      hide_scores(visible, columns, scores);
+      if (columns.first == 0 && columns.last == kKeyBlock) {
+        soften<kGeneral>({0, kKeyBlock}, first + i, scores);
+      } else {
+        soften<kGeneral>(columns, first + i, scores);
+      }
+      if constexpr (kGeneral) {
+        if (p.dropout_p != 0.0f) {
+          dropout.drop(sequence, row, key, scores);
+        }
+      }
+      if constexpr (kDepth<T> != 1) {
+        for (int64_t k = columns.first; k < columns.last; k += kLanes) {
+          store(work.weights + i * kKeyBlock + k, load(scores + k));
+        }
+      }
+    }
+    add_values(tile, first, count, columns);
+  }
+
+  // Turns one row's scores into weights relative to the running maximum.
+  template <bool kGeneral>
+  [[gnu::always_inline]] void soften(Range columns, int64_t row, float* scores) {
+    constexpr int kDegree = kDepth<T> == 1 ? 5 : 4;
+    const float factor = kGeneral ? 1.0f : p.scale * kLog2E;
+    Vector largest_lanes = broadcast(-kInfinity);
+    for (int64_t k = columns.first; k < columns.last; k += kLanes) {
+      largest_lanes = maximum(largest_lanes, load(scores + k));
+    }
+    largest_lanes = largest_lanes * factor;
+    if (any(greater(largest_lanes, broadcast(work.maxima[row] + kSlack)))) {
+      raise_maximum(row, largest(largest_lanes));
+    }
+    const Vector level = broadcast(work.maxima[row] == -kInfinity ? 0.0f : -work.maxima[row]);
+    Vector total = work.totals[row];
+    for (int64_t k = columns.first; k < columns.last; k += kLanes) {
+      const Vector weight = exp2<kDegree>(multiply_add(load(scores + k), broadcast(factor), level));
+      total = total + weight;
+      store(scores + k, weight);
+    }
+    work.totals[row] = total;
+  }
+
+  [[gnu::noinline]] void raise_maximum(int64_t row, float maximum) {
+    const Vector rescale = exp2<5>(broadcast(work.maxima[row] - maximum));
+    work.maxima[row] = maximum;
+    work.totals[row] = work.totals[row] * rescale;
+    const int64_t width = padded_columns(p.value_dim);
+    for (float* out = work.out + row * width; out < work.out + (row + 1) * width; out += kLanes) {
+      store(out, load(out) * rescale);
+    }
+  }
+
+  void add_values(int64_t tile, int64_t first, int64_t count, Range columns) {
+    const int64_t width = padded_columns(p.value_dim);
+    float* out = work.out + first * width;
+    if (work.tile_states[tile] == kFinite) {
+      multiply<true>(count, LeftOperand<T>{work.weights + columns.first, kKeyBlock, kDepth<T>},
+                     RightOperand<T>{packed_values(tile) + columns.first * width, width * kDepth<T>},
+                     (columns.last - columns.first) / kDepth<T>, width / kLanes, out, width);
+      return;
+    }
+    // An infinity or NaN may lie where a row does not see it, and 0 * NaN is NaN: weights of 0 are left out.
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t k = columns.first; k < columns.last; ++k) {
+        const float weight = to_float(work.weights + i * kKeyBlock + k);
+        const scalar_t* value = values_.data + (tile * kKeyBlock + k) * values_.row_stride;
+        for (int64_t d = 0; weight != 0.0f && d < p.value_dim; ++d) {
+          out[i * width + d] += weight * to_float(value + d * values_.stride);
+        }
+      }
+    }
+  }
+
+  void write(const Sequence& sequence, int64_t count) {
+    const int64_t width = padded_columns(p.value_dim);
+    for (int64_t i = 0; i < count; ++i) {
+      const Row& row = work.rows[i];
+      const int64_t query = sequence.first_query + row.query;
+      const float total = sum(work.totals[i]);
+      const Vector factor = broadcast(total == 0.0f ? 0.0f : dropout.scale / total);
+      scalar_t* target = static_cast<scalar_t*>(p.out) + sequence.storage * p.out_strides[0] +
+                         row.head * p.out_strides[1] + query * p.out_strides[2];
+      for (int64_t d = 0; d < p.value_dim; d += kLanes) {
+        const Vector out = load(work.out + i * width + d) * factor;
+        if (d + kLanes <= p.value_dim) {
+          store(target + d, out);
+        } else {
+          store(target + d, out, p.value_dim - d);
+        }
+      }
+      float* lse = p.lse + (sequence.storage * p.query_heads + row.head) * p.query_length + query;
+      *lse = total == 0.0f ? -kInfinity : (work.maxima[i] + __builtin_log2f(total)) * kLn2;
+    }
+  }
+
+  static Rows<scalar_t> rows_from(Rows<scalar_t> all, int64_t first) {
+    all.data += first * all.row_stride;
+    return all;
+  }
+
+  const AttentionForwardParams& p;
+  Workspace<T> work;
+  Dropout dropout;
+  int64_t packed_sequence_ = -1, packed_head_ = -1;
+  Rows<scalar_t> keys_, values_;
+};
+
+// Roughly the time that rows [start, start + count) of a head take.
+int64_t cost_of(const AttentionForwardParams& p, const Sequence& sequence, int64_t start, int64_t count) {
+  const auto keys_of = [&](int64_t row) {
+    const Row seen(p, sequence, 0, row);
+    return most<int64_t>(seen.end - seen.begin, 0);
+  };
+  return count * (keys_of(start) + keys_of(start + count - 1) + kKeyBlock);
+}
+
+template <typename scalar_t>
+void run_tasks(const AttentionForwardParams& p, void* workspace, int64_t thread, int64_t threads) {
+  const int64_t group = p.query_heads / p.kv_heads, step = block_rows(p);
+  const auto for_each_block = [&](auto use) {
+    for (int64_t b = 0; b < p.batch; ++b) {
+      const Sequence sequence(p, b);
+      const int64_t rows = sequence.queries * group;
+      for (int64_t head = 0; head < p.kv_heads; ++head) {
+        for (int64_t start = 0; start < rows; start += step) {
+          use(sequence, head, start, least(step, rows - start));
+        }
+      }
+    }
+  };
+  // Each thread takes a run of neighbouring tasks that costs its share, so that it packs few heads.
+  int64_t total = 0;
+  for_each_block([&](const Sequence& sequence, int64_t, int64_t start, int64_t count) {
+    total += cost_of(p, sequence, start, count);
+  });
+  Kernel<scalar_t> kernel(p, workspace);
+  const double share = static_cast<double>(total) / static_cast<double>(threads);
+  int64_t before = 0;
+  for_each_block([&](const Sequence& sequence, int64_t head, int64_t start, int64_t count) {
+    if (static_cast<int64_t>(static_cast<double>(before) / share) == thread) {
+      kernel.run(sequence, head, start, count);
+    }
+    before += cost_of(p, sequence, start, count);
+  });
+}
+
+template <typename Use>
+auto with_type(ElementType dtype, Use use) {
+  switch (dtype) {
+    case ElementType::bfloat16: return use(BFloat16{});
+    case ElementType::float16: return use(Half{});
+    default: return use(float{});
+  }
+}
+
+int64_t workspace_bytes(const AttentionForwardParams& p) {
+  return with_type(p.dtype, [&](auto type) { return Workspace<Compute<decltype(type)>>(p, nullptr).bytes; });
+}
+
+void run(const AttentionForwardParams& p, void* workspace, int64_t thread, int64_t threads) {
+  with_type(p.dtype, [&](auto type) { run_tasks<decltype(type)>(p, workspace, thread, threads); });
+}
+
+}  // namespace
+
+extern const AttentionForwardKernel attention_forward_kernel = {workspace_bytes, run};
+
+}  // namespace gpt4fast::cpu::GPT4FAST_LEVEL
