@@ -14,6 +14,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import native
 from .aten import attention as aten_attention
@@ -21,9 +22,9 @@ from .aten import conv_transpose as aten_conv_transpose
 from .compiled import attention as compiled_attention
 from .compiled import conv_transpose as compiled_conv_transpose
 from .reference import attention as reference_attention
-from .reference import attention_decode as reference_attention_decode
-from .reference import attention_varlen as reference_attention_varlen
 from .reference import conv_transpose as reference_conv_transpose
+from .reference.attention_decode import attention_decode as cached_attention
+from .reference.attention_varlen import attention_varlen as padded_attention
 
 # Constants, since torch.compile traces through this file.
 CPU_LIBRARY_ERROR = native.cpu_library_error()
@@ -108,11 +109,17 @@ def _never(call: dict) -> None:
 def _native_refusal(tensor: Tensor) -> str | None:
     if CPU_LIBRARY_ERROR is not None:
         return CPU_LIBRARY_ERROR
-    if tensor.device.type != "cpu":
+    if not tensor.is_cpu:
         return f"the native kernels are for CPU tensors, and this one is on {tensor.device}"
     if tensor.dtype == torch.float64:
         return "the native kernels take float32, bfloat16 and float16; float64 runs on the reference"
+    if _forward_mode() or (not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()):
+        return "the native kernels have no rules for torch.func and forward-mode differentiation"
     return None
+
+
+def _forward_mode() -> bool:
+    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
@@ -120,8 +127,6 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 
 
 def _native_attention(call: dict) -> str | None:
-    if call.get("dropout_p"):
-        return "the native kernel has no dropout"
     mask, slopes = call.get("attn_mask"), call["alibi_slopes"]
     if mask is not None and mask.dtype == torch.float64:
         return "the native kernel takes no float64 mask"
@@ -130,7 +135,15 @@ def _native_attention(call: dict) -> str | None:
     return _native_refusal(call["query"])
 
 
+def _native_attention_decode(call: dict) -> str | None:
+    if needs_grad(call["query"], call["key"], call["value"], call["key_cache"], call["value_cache"]):
+        return "the native kernel of attention_decode gives no gradients"
+    return _native_attention(call)
+
+
 def _torch_attention(call: dict) -> str | None:
+    if _forward_mode():
+        return "torch's fused attention has no forward-mode derivative"
     if call["return_lse"]:
         return "torch's attention does not return the log-sum-exp"
     if call["softcap"]:
@@ -156,23 +169,9 @@ def _cuda_conv_transpose(call: dict) -> str | None:
 
 
 def _prefer_attention(call: dict) -> tuple[str, ...]:
-    query, key = call["query"], call["key"]
-    if not query.is_cpu or needs_grad(query, key, call["value"], call["attn_mask"]):
+    if not call["query"].is_cpu or needs_grad(call["query"], call["key"], call["value"], call.get("attn_mask")):
         return "torch", "reference"
-    queries, keys = query.shape[2], key.shape[2]
-    few = {torch.float16: 8, torch.bfloat16: 1}.get(query.dtype, 0)  # torch upconverts, and splits no keys: 1.2 to 10
-    if call["kv_lengths"] is not None or call["kv_starts"] is not None:
-        few = 8  # torch needs a mask: 1.3 to 20
-    left, right = call["window"] or (-1, -1)
-    right = 0 if call["is_causal"] else right
-    narrow = left >= 0 and right >= 0 and 2 * (left + right) <= keys
-    if queries <= few or narrow:  # torch computes what the window hides: 1.4 to 5
-        return "native", "torch", "reference"
-    return "torch", "native", "reference"  # softcap and log-sum-exp, native against reference: 4 to 8
-
-
-def _prefer_attention_varlen(call: dict) -> tuple[str, ...]:
-    return "torch", "native", "reference"
+    return "native", "torch", "reference"
 
 
 def _prefer_attention_decode(call: dict) -> tuple[str, ...]:
@@ -207,30 +206,18 @@ ATTENTION = Op(
 ATTENTION_VARLEN = Op(
     "attention_varlen",
     {
-        "native": Candidate(
-            partial(reference_attention_varlen.attention_varlen, compiled_attention.attention), _native_attention
-        ),
-        "reference": Candidate(
-            partial(reference_attention_varlen.attention_varlen, reference_attention.attention), _never
-        ),
-        "torch": Candidate(
-            partial(reference_attention_varlen.attention_varlen, aten_attention.attention), _torch_attention
-        ),
+        "native": Candidate(compiled_attention.attention_varlen, _native_attention),
+        "reference": Candidate(partial(padded_attention, reference_attention.attention), _never),
+        "torch": Candidate(partial(padded_attention, aten_attention.attention), _torch_attention),
     },
-    _prefer_attention_varlen,
+    _prefer_attention,
 )
 ATTENTION_DECODE = Op(
     "attention_decode",
     {
-        "native": Candidate(
-            partial(reference_attention_decode.attention_decode, compiled_attention.attention), _native_attention
-        ),
-        "reference": Candidate(
-            partial(reference_attention_decode.attention_decode, reference_attention.attention), _never
-        ),
-        "torch": Candidate(
-            partial(reference_attention_decode.attention_decode, aten_attention.attention), _torch_attention
-        ),
+        "native": Candidate(partial(cached_attention, compiled_attention.attention), _native_attention_decode),
+        "reference": Candidate(partial(cached_attention, reference_attention.attention), _never),
+        "torch": Candidate(partial(cached_attention, aten_attention.attention), _torch_attention),
     },
     _prefer_attention_decode,
 )

@@ -131,7 +131,9 @@ def test_values(impl, feature, dtype):
         if serves(impl, kwargs, return_lse=True):
             again, got = gpt4fast.attention(query, key, value, **kwargs, return_lse=True, impl=impl)
             assert torch.equal(out, again)
-            torch.testing.assert_close(got.double(), lse, rtol=1e-5, atol=1e-5)
+            # In half types the native kernel's exponentials are exact to 1e-4, well below the rounding of the weights.
+            close = 2e-4 if dtype in (torch.bfloat16, torch.float16) else 1e-5
+            torch.testing.assert_close(got.double(), lse, rtol=close, atol=close)
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -341,10 +343,16 @@ def test_opcheck(needs_native):
     offsets, slopes = torch.tensor([1, 2]), torch.rand(2, 4)
     mask = torch.randn(2, 4, 5, 7, requires_grad=True)
     forward = torch.ops.gpt4fast.attention_forward.default
-    torch.library.opcheck(forward, (query, key, value, None, True, 0.3, 0, None, None, None, -1, -1, 0.0, None))
-    torch.library.opcheck(
-        forward, (query, key, value, mask, True, 0.3, 0, offsets, offsets + 3, None, 4, 4, 2.0, slopes)
-    )
+    settings = (None, 0.0, None, True, 0.3, 0, None, None, None, -1, -1, 0.0, None, None, None)
+    everything = (mask, 0.2, torch.tensor([5]), True, 0.3, 0, offsets, offsets + 3, None, 4, 4, 2.0, slopes, None, None)
+    starts = torch.tensor([0, 2, 5]), torch.tensor([0, 0, 7])
+    for operands_, arguments_ in [
+        ((query, key, value), settings),
+        ((query, key, value), everything),
+        ((query[:1], key[:1], value[:1]), (*settings[:-2], *starts)),
+        ([t.transpose(1, 2)[..., 1:] for t in (query, key, value)], settings),
+    ]:
+        torch.library.opcheck(forward, (*operands_, *arguments_))
 
 
 def test_autocast():

@@ -66,7 +66,8 @@ def test_explain_tells_what_auto_runs(runs):
         ("torch", {"softcap": 1.0}, "softcap"),
         ("triton", {}, "triton"),
         ("cuda", {}, "cuda"),
-        ("native", {"dropout_p": 0.5}, "dropout"),
+        ("native", {"attn_mask": torch.zeros(3, 3, dtype=torch.float64)}, "float64 mask"),
+        ("native", {"alibi_slopes": torch.ones(2, requires_grad=True)}, "alibi_slopes"),
     ],
 )
 def test_an_explicit_request_that_cannot_be_met_raises(impl, kwargs, reason):
@@ -87,3 +88,19 @@ def test_unknown_names(monkeypatch):
         gpt4fast.attention(*qkv())
     with pytest.raises(ValueError, match="op_or_model"):
         gpt4fast.explain("matmul", torch.ones(1))
+
+
+@pytest.mark.parametrize("impl", [None, "reference"])
+def test_function_transforms(impl):
+    """Native kernels have no rules for torch.func, and a tangent must not get lost: auto goes elsewhere."""
+    query, key, value = qkv()
+
+    def loss(query):
+        return gpt4fast.attention(query, key, value, impl=impl).square().sum()
+
+    leaf = query.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(leaf), leaf)
+    torch.testing.assert_close(torch.func.grad(loss)(query), gradient)
+    torch.testing.assert_close(torch.func.jvp(loss, (query,), (key,))[1], (gradient * key).sum())
+    stacked = torch.stack([query, key])
+    torch.testing.assert_close(torch.func.vmap(loss)(stacked), torch.stack([loss(q) for q in stacked]))

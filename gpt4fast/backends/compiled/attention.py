@@ -1,6 +1,7 @@
-"""Adapter to the compiled ``gpt4fast::attention_forward``, with its shape rule and its gradient.
+"""Adapters to the compiled ``gpt4fast::attention_forward``, with its shape rule and its gradient.
 
-The kernel computes the output and the log-sum-exp; backward recomputes the probabilities from the latter.
+The kernel computes the output and the log-sum-exp; backward recomputes the probabilities from the latter. Packed
+sequences are the same op with ``cu_seqlens``: operands (1, H, total, D).
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from .. import native
 from ..reference import attention as reference
+from ..reference import attention_varlen as reference_varlen
+from ..reference.dropout import draw_seed
 
 
 def attention(
@@ -29,45 +32,129 @@ def attention(
     return_lse: bool,
 ) -> tuple[Tensor, Tensor]:
     """Output (B, Hq, Lq, Dv) in query's dtype and the log-sum-exp (B, Hq, Lq) in float32, asked for or not."""
-    per_row = isinstance(query_offset, Tensor)
-    left, right = window or (-1, -1)
-    if attn_mask is not None:
-        attn_mask = attn_mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
-    lengths, starts, offsets = (
-        None if t is None else t.to(torch.int64).contiguous()
-        for t in (kv_lengths, kv_starts, query_offset if per_row else None)
-    )
-    return torch.ops.gpt4fast.attention_forward(
-        query, key, value, attn_mask, is_causal, scale, 0 if per_row else query_offset, offsets, lengths, starts,
-        left, right, softcap, None if alibi_slopes is None else alibi_slopes.float(),
+    return _run(
+        query, key, value, attn_mask, dropout_p, is_causal, scale, query_offset, kv_lengths, kv_starts, window,
+        softcap, alibi_slopes, None, None,
     )  # fmt: skip
 
 
-def _fake(query, key, value, *_):
-    out = query.new_empty(*query.shape[:3], value.shape[3])
-    return out, query.new_empty(query.shape[:3], dtype=torch.float32)
+def attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float,
+    query_offset: int | Tensor,
+    window: tuple[int, int] | None,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    """Output (total_q, Hq, Dv) in query's dtype and the log-sum-exp (total_q, Hq) in float32, asked for or not."""
+    query, key, value = (t.transpose(0, 1).unsqueeze(0) for t in (query, key, value))
+    out, lse = _run(
+        query, key, value, None, dropout_p, is_causal, scale, query_offset, None, None, window, softcap, alibi_slopes,
+        cu_seqlens_q, cu_seqlens_k,
+    )  # fmt: skip
+    return out.squeeze(0).transpose(0, 1), lse.squeeze(0).transpose(0, 1)
+
+
+def _run(
+    query, key, value, attn_mask, dropout_p, is_causal, scale, query_offset, kv_lengths, kv_starts, window, softcap,
+    alibi_slopes, cu_seqlens_q, cu_seqlens_k,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    offset, offsets = (0, query_offset) if isinstance(query_offset, Tensor) else (query_offset, None)
+    left, right = window or (-1, -1)
+    inputs = (
+        query, key, value, attn_mask, dropout_p, draw_seed(query) if dropout_p else None, is_causal, scale, offset,
+        as_index(offsets), as_index(kv_lengths), as_index(kv_starts), left, right, softcap, as_float32(alibi_slopes),
+        as_index(cu_seqlens_q), as_index(cu_seqlens_k),
+    )  # fmt: skip
+    if torch.compiler.is_compiling():
+        return torch.ops.gpt4fast.attention_forward(*inputs)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs[:4]):
+        return _Attention.apply(*inputs)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.gpt4fast.attention_forward.default(*inputs)
+
+
+def as_index(indices: Tensor | None) -> Tensor | None:
+    return None if indices is None else indices.to(torch.int64).contiguous()
+
+
+def as_float32(values: Tensor | None) -> Tensor | None:
+    return None if values is None else values.to(torch.float32)
+
+
+def _fake_forward(query, key, value, *_):
+    batch, heads, length, _ = query.shape
+    out = query.new_empty(batch, length, heads, value.shape[3]).transpose(1, 2)
+    return out, query.new_empty(batch, heads, length, dtype=torch.float32)
+
+
+def _fake_backward(grad_out, grad_lse, query, key, value, out, lse, needs_mask_grad, attn_mask, *_):
+    grad_mask = query.new_empty(attn_mask.shape if needs_mask_grad else 0, dtype=torch.float32)
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), grad_mask
 
 
 def _setup_context(ctx, inputs, output):
-    query, key, value, attn_mask, is_causal, scale, offset, offsets, lengths, starts, left, right, softcap, slopes = (
-        inputs
-    )
-    ctx.save_for_backward(query, key, value, *output, attn_mask, offsets, lengths, starts, slopes)
-    ctx.settings = is_causal, scale, offset, (left, right), softcap
+    ctx.set_materialize_grads(False)
+    query, key, value, *settings = inputs
+    tensors = [s if isinstance(s, Tensor) else None for s in settings]
+    ctx.save_for_backward(query, key, value, *output, *tensors)
+    ctx.settings = [None if isinstance(s, Tensor) else s for s in settings]
 
 
 def _backward(ctx, grad_out, grad_lse):
-    query, key, value, out, lse, attn_mask, offsets, lengths, starts, slopes = ctx.saved_tensors
-    is_causal, scale, offset, window, softcap = ctx.settings
-    grad_query, grad_key, grad_value, grad_mask = reference.attention_backward(
-        grad_out, grad_lse, query, key, value, out, lse, attn_mask, 0.0, None, is_causal, scale,
-        offset if offsets is None else offsets, lengths, starts, window, softcap, slopes,
-    )  # fmt: skip
-    needs_mask = attn_mask is not None and attn_mask.dtype != torch.bool and ctx.needs_input_grad[3]
-    return grad_query, grad_key, grad_value, grad_mask if needs_mask else None, *(None,) * 10
+    query, key, value, out, lse, *tensors = ctx.saved_tensors
+    settings = [s if t is None else t for s, t in zip(ctx.settings, tensors, strict=True)]
+    attn_mask = settings[0]
+    needs_mask_grad = attn_mask is not None and ctx.needs_input_grad[3]
+    operands = torch.zeros_like(out) if grad_out is None else grad_out, grad_lse, query, key, value, out, lse
+    grads = _differentiable_backward(*operands, *settings)
+    return *grads[:3], grads[3].to(attn_mask.dtype) if needs_mask_grad else None, *(None,) * (len(settings) - 1)
+
+
+def _differentiable_backward(
+    grad_out, grad_lse, query, key, value, out, lse, attn_mask, dropout_p, seed, is_causal, scale, offset, offsets,
+    kv_lengths, kv_starts, left, right, softcap, slopes, cu_seqlens_q, cu_seqlens_k,
+):  # fmt: skip
+    offset = offset if offsets is None else offsets
+    if cu_seqlens_q is None:
+        return reference.attention_backward(
+            grad_out, grad_lse, query, key, value, out, lse, attn_mask, dropout_p, seed, is_causal, scale, offset,
+            kv_lengths, kv_starts, (left, right), softcap, slopes,
+        )  # fmt: skip
+    packed = (
+        None if t is None else t.squeeze(0).transpose(0, 1) for t in (grad_out, grad_lse, query, key, value, out, lse)
+    )
+    grads = reference_varlen.attention_varlen_backward(
+        *packed, cu_seqlens_q, cu_seqlens_k, dropout_p, seed, is_causal, scale, offset, (left, right), softcap, slopes
+    )
+    return [grad.transpose(0, 1).unsqueeze(0) for grad in grads]
+
+
+class _Attention(torch.autograd.Function):
+    """The derivative of the registered op without the Python that ``torch.library`` puts around each call, which
+    torch.compile needs and which costs more than a small attention."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        with torch._C._AutoDispatchBelowAutograd():
+            output = torch.ops.gpt4fast.attention_forward.default(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_backward)
 
 
 native.load()
 if native.cpu_library_error() is None:
-    torch.library.register_fake("gpt4fast::attention_forward", _fake)
+    torch.library.register_fake("gpt4fast::attention_forward", _fake_forward)
+    torch.library.register_fake("gpt4fast::attention_backward", _fake_backward)
     torch.library.register_autograd("gpt4fast::attention_forward", _backward, setup_context=_setup_context)
