@@ -200,19 +200,19 @@ class Kernel {
   template <bool kGeneral>
   [[gnu::always_inline]] void soften(Range columns, int64_t row, float* scores) {
     constexpr int kDegree = kDepth<T> == 1 ? 5 : 4;
-    const float factor = kGeneral ? 1.0f : p.scale * kLog2E;
+    const Exponent exponent(kGeneral ? kLog2E : p.scale * kLog2E);
     Vector largest_lanes = broadcast(-kInfinity);
     for (int64_t k = columns.first; k < columns.last; k += kLanes) {
       largest_lanes = maximum(largest_lanes, load(scores + k));
     }
-    largest_lanes = largest_lanes * factor;
+    largest_lanes = largest_lanes * exponent.high;
     if (any(greater(largest_lanes, broadcast(work.maxima[row] + kSlack)))) {
       raise_maximum(row, largest(largest_lanes));
     }
     const Vector level = broadcast(work.maxima[row] == -kInfinity ? 0.0f : -work.maxima[row]);
     Vector total = work.totals[row];
     for (int64_t k = columns.first; k < columns.last; k += kLanes) {
-      const Vector weight = exp2<kDegree>(multiply_add(load(scores + k), broadcast(factor), level));
+      const Vector weight = exp2<kDegree>(exponent(load(scores + k), level));
       total = total + weight;
       store(scores + k, weight);
     }
@@ -268,7 +268,7 @@ class Kernel {
         }
       }
       float* lse = p.lse + (sequence.storage * p.query_heads + row.head) * p.query_length + query;
-      *lse = total == 0.0f ? -kInfinity : (work.maxima[i] + __builtin_log2f(total)) * kLn2;
+      *lse = total == 0.0f ? -kInfinity : static_cast<float>((work.maxima[i] + __builtin_log2(total)) * kLn2);
     }
   }
 

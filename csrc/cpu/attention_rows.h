@@ -11,8 +11,8 @@
 namespace gpt4fast::cpu::GPT4FAST_LEVEL {
 
 inline constexpr int64_t kKeyBlock = 64;  // keys of a tile; with 64 floats each, keys and values fit in L1 (2 x 16 KiB)
-inline constexpr float kLog2E = 1.44269504088896341f;
-inline constexpr float kLn2 = 0.69314718055994531f;
+inline constexpr double kLog2E = 1.44269504088896341;
+inline constexpr double kLn2 = 0.69314718055994531;
 
 // One batch row, or one of the packed sequences.
 struct Sequence {
@@ -43,7 +43,7 @@ struct Row {
   int64_t head;
   int64_t position;    // among the keys
   int64_t begin, end;  // visible keys, but for a mask; begin >= end: none
-  float slope;         // ALiBi, times log2(e)
+  float slope;         // ALiBi
 
   Row() = default;
 
@@ -65,7 +65,7 @@ struct Row {
     }
     slope = 0.0f;
     if (p.alibi_slopes) {
-      slope = kLog2E * p.alibi_slopes[sequence.index * p.alibi_strides[0] + head * p.alibi_strides[1]];
+      slope = p.alibi_slopes[sequence.index * p.alibi_strides[0] + head * p.alibi_strides[1]];
     }
   }
 };

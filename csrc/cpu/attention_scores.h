@@ -54,33 +54,49 @@ inline bool has_adjustments(const AttentionParams& p) {
   return p.softcap != 0.0f || p.mask || p.alibi_slopes;
 }
 
-// Turns products query . key into scores times log2(e), for columns in whole vectors. cap_slopes, where not null,
-// receives the derivative of the soft cap.
+// Turns products query . key into scores, for columns in whole vectors. cap_slopes, where not null, receives the
+// derivative of the soft cap.
 inline void adjust_scores(const AttentionParams& p, const Row& row, int64_t key, Range columns, const float* bias,
                           float* scores, float* cap_slopes) {
   const Vector one = broadcast(1.0f);
   for (int64_t k = columns.first; k < columns.last; k += kLanes) {
     Vector score = load(scores + k) * p.scale;
     if (p.softcap != 0.0f) {
-      const Vector capped = tanh(score * broadcast(1.0f / p.softcap));
+      const Vector capped = tanh(score / p.softcap);
       score = capped * p.softcap;
       if (cap_slopes) {
         store(cap_slopes + k, one - capped * capped);
       }
     }
-    score = score * kLog2E;
+    if (bias) {
+      const Vector addend = load(bias + k), hidden = broadcast(-kInfinity);
+      score = select(equal(addend, hidden), hidden, score + addend);
+    }
     if (p.alibi_slopes) {
       const Vector away = broadcast(static_cast<float>(row.position - key - k)) - load(kRamp);
       score = score - broadcast(row.slope) * maximum(away, Vector{} - away);
     }
-    if (bias) {
-      const Vector addend = load(bias + k);
-      const Vector hidden = broadcast(-kInfinity);
-      score = select(equal(addend, hidden), hidden, multiply_add(addend, broadcast(kLog2E), score));
-    }
     store(scores + k, score);
   }
 }
+
+// The factor, positive, that makes scores exponents of 2: log2(e), times the scale where scores are still products
+// query . key. In two floats, since the rounding of one would err by the score times 2^-25; both positive, so that a
+// score of -inf stays that.
+struct Exponent {
+  float high, low;
+
+  explicit Exponent(double factor) {
+    high = static_cast<float>(factor);
+    high = static_cast<double>(high) < factor ? high : __builtin_nextafterf(high, 0.0f);
+    low = static_cast<float>(factor - static_cast<double>(high));
+  }
+
+  // score * factor + level
+  Vector operator()(Vector score, Vector level) const {
+    return multiply_add(score, broadcast(high), multiply_add(score, broadcast(low), level));
+  }
+};
 
 // Hides the columns of a row's scores, which are whole vectors, that lie outside `visible`.
 inline void hide_scores(Range visible, Range columns, float* scores) {
