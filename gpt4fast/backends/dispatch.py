@@ -70,8 +70,9 @@ class Explanation:
 
 def requested(impl: str | None) -> str:
     """The implementation asked for by the argument or the environment, or "auto"."""
-    source, name = ("impl", impl) if impl is not None else ("GPT4FAST_IMPL", os.environ.get("GPT4FAST_IMPL") or "auto")
+    name = (os.environ.get("GPT4FAST_IMPL") or "auto") if impl is None else impl
     if name != "auto" and name not in IMPLEMENTATIONS:
+        source = "GPT4FAST_IMPL" if impl is None else "impl"
         raise ValueError(f"{source} must be one of auto, {', '.join(IMPLEMENTATIONS)}, but is {name!r}")
     return name
 
@@ -81,7 +82,7 @@ def choose(op: Op, impl: str | None, call: dict) -> str:
     name = requested(impl)
     if name == "auto":
         for name in op.preference(call):
-            if op.refusal(name, call) is None:
+            if op.candidates[name].refusal(call) is None:
                 return name
     refusal = op.refusal(name, call)
     if refusal is not None:

@@ -53,20 +53,22 @@ def check_index_tensor(name: str, value: object, size: int, size_name: str, like
 
 
 def check_bool(name: str, value: object) -> None:
-    if not isinstance(value, bool):
+    if value is not True and value is not False:
         raise TypeError(f"{name} must be True or False, but is {describe(value)}")
 
 
 def is_number(value: object) -> bool:
-    return isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool)
+    return type(value) is float or (
+        isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool)
+    )
 
 
 def is_integer(value: object) -> bool:
-    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+    return type(value) is int or (isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool))
 
 
 def check_number(name: str, value: object, *, low: float, high: float = float("inf"), high_open: bool = False) -> None:
-    if type(value) is not float and not is_number(value):
+    if not is_number(value):
         raise TypeError(f"{name} must be a number, but is {describe(value)}")
     # The comparison is written so that NaN fails it.
     if not (low <= value < high if high_open else low <= value <= high):
@@ -100,10 +102,10 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
 
     As in torch, float64 tensors are left alone.
     """
-    if tensor.dtype == torch.float64 or not (tensor.is_cpu or tensor.is_cuda):
+    device = "cpu" if tensor.is_cpu else "cuda" if tensor.is_cuda else None
+    if device is None or not torch.is_autocast_enabled(device) or tensor.dtype == torch.float64:
         return None
-    device = "cpu" if tensor.is_cpu else "cuda"
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return torch.get_autocast_dtype(device)
 
 
 def without_autocast(compute, tensor: Tensor):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -192,6 +193,27 @@ def test_gradcheck(impl, feature):
     # A -inf in the mask stays -inf under the finite differences, and its gradient is zero by definition.
     assert torch.autograd.gradcheck(run, inputs)
     assert torch.autograd.gradgradcheck(run, inputs)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("broadcast", list(itertools.product([True, False], repeat=4)), ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradient_of_a_broadcast_mask(impl, broadcast, dtype):
+    """The gradient is summed to the mask's own shape, whichever of its dimensions are 1; the mask's alone as well."""
+    query, key, value = operands((2, 4, 2, 9, 70, 8, 8), dtype, requires_grad=True)
+    sizes = [1 if one else n for one, n in zip(broadcast, (2, 4, 9, 70), strict=True)]
+    mask = torch.randn(sizes).to(dtype).requires_grad_()
+
+    def gradients(inputs, impl):
+        out = gpt4fast.attention(*inputs, impl=impl).double().square().sum()
+        return torch.autograd.grad(out, inputs[3:], retain_graph=True) + torch.autograd.grad(out, inputs)
+
+    inputs = (query, key, value, mask)
+    exact = gradients([t.detach().double().requires_grad_() for t in inputs], "reference")
+    for ours, truth in zip(gradients(inputs, impl), exact, strict=True):
+        assert ours.shape == truth.shape and ours.dtype == dtype
+        tolerance = 1e-5 if dtype == torch.float32 else 0.03
+        assert (ours.double() - truth).abs().max() <= tolerance * max(1, truth.abs().max())
 
 
 @pytest.mark.parametrize("feature", ["causal", "softcap", "float mask", "all"])

@@ -117,6 +117,22 @@ BAD_VARLEN = [
     ("max_seqlen_q", {"max_seqlen_q": 3}),
     ("max_seqlen_k", {"max_seqlen_k": 5.0}),
     ("query_offset", {"query_offset": torch.tensor([1, 2, 3])}),
+    ("key", {"key": t(9, 3, 8), "value": t(9, 3, 8)}),
+    ("key", {"key": t(9, 2, 7)}),
+    ("key", {"key": t(9, 2, 8, dtype=torch.float64)}),
+    ("value", {"value": t(9, 1, 8)}),
+    ("value", {"value": t(9, 2, 8, device="meta")}),
+    ("cu_seqlens_q", {"cu_seqlens_q": torch.tensor([[0, 3, 7]])}),
+    ("cu_seqlens_k", {"cu_seqlens_k": t(3, dtype=torch.int64, device="meta")}),
+    ("max_seqlen_q", {"max_seqlen_q": -1}),
+    ("dropout_p", {"dropout_p": 2}),
+    ("is_causal", {"is_causal": "yes"}),
+    ("scale", {"scale": float("inf")}),
+    ("window", {"window": (-5, 1)}),
+    ("softcap", {"softcap": float("nan")}),
+    ("alibi_slopes", {"alibi_slopes": t(3, 4)}),
+    ("return_lse", {"return_lse": None}),
+    ("impl", {"impl": "varlen"}),
 ]
 
 GOOD_DECODE = {
@@ -146,7 +162,41 @@ BAD_DECODE = [
     ("block_table", {"block_table": torch.tensor([0, 1])}),
     ("block_table", {"block_table": torch.tensor([[-1], [1]])}),
     ("block_table", {"block_table": t(2, 1)}),
+    ("block_table", {"block_table": torch.tensor([[0], [1]], dtype=torch.int16)}),
+    ("block_table", {"block_table": t(2, 1, dtype=torch.int64, device="meta")}),
     ("kv_starts", {"kv_starts": torch.tensor([1])}),
+    ("kv_starts", {"kv_starts": [1, 2]}),
+    ("kv_lengths", {"kv_lengths": torch.tensor([3, 9, 1])}),
+    ("rotary", {"rotary": (t(10, 4, dtype=torch.int64), t(10, 4, dtype=torch.int64))}),
+    ("rotary", {"rotary": (t(10, 4, device="meta"), t(10, 4, device="meta"))}),
+    ("scale", {"scale": float("nan")}),
+    ("window", {"window": (1,)}),
+    ("softcap", {"softcap": -2.0}),
+    ("alibi_slopes", {"alibi_slopes": t(3)}),
+    ("return_lse", {"return_lse": 1}),
+    ("impl", {"impl": "paged"}),
+    ("key_cache", {"key_cache": t(2, 3, 10, 8), "value_cache": t(2, 3, 10, 8), "key": None, "value": None}),
+    ("key_cache", {"key_cache": t(2, 2, 10, 8, dtype=torch.uint8)}),
+    ("key_scales", {"key_scales": t(2, 2, 10)}),
+    ("value_scales", {"value_scales": t(2, 2, 10)}),
+]
+
+GOOD_INT8 = GOOD_DECODE | {
+    "key_cache": t(2, 2, 10, 8, dtype=torch.int8), "value_cache": t(2, 2, 10, 8, dtype=torch.int8),
+    "key_scales": torch.ones(2, 2, 10), "value_scales": torch.ones(2, 2, 10),
+}  # fmt: skip
+BAD_INT8 = [
+    ("key_scales", {"key_scales": None}),
+    ("value_scales", {"value_scales": None}),
+    ("key_scales", {"key_scales": t(2, 2, 10, 1)}),
+    ("key_scales", {"key_scales": t(2, 2, 9)}),
+    ("key_scales", {"key_scales": t(2, 2, 10, dtype=torch.bfloat16)}),
+    ("key_scales", {"key_scales": 0.5}),
+    ("value_scales", {"value_scales": t(2, 2, 10, dtype=torch.float64)}),
+    ("value_scales", {"value_scales": t(2, 2, 10, device="meta")}),
+    ("value_cache", {"value_cache": t(2, 2, 10, 8), "value_scales": None}),
+    ("key", {"key": t(2, 2, 1, 8, dtype=torch.int8)}),
+    ("query", {"query": t(2, 4, 1, 8, dtype=torch.int8)}),
 ]
 
 CALLS = [
@@ -154,10 +204,18 @@ CALLS = [
     *((gpt4fast.conv_transpose2d, GOOD_CONV, name, bad) for name, bad in BAD_CONV),
     *((gpt4fast.attention_varlen, GOOD_VARLEN, name, bad) for name, bad in BAD_VARLEN),
     *((gpt4fast.attention_decode, GOOD_DECODE, name, bad) for name, bad in BAD_DECODE),
+    *((gpt4fast.attention_decode, GOOD_INT8, name, bad) for name, bad in BAD_INT8),
+]
+GOOD = [
+    (gpt4fast.attention, GOOD_ATTENTION),
+    (gpt4fast.conv_transpose2d, GOOD_CONV),
+    (gpt4fast.attention_varlen, GOOD_VARLEN),
+    (gpt4fast.attention_decode, GOOD_DECODE),
+    (gpt4fast.attention_decode, GOOD_INT8),
 ]
 
 
-@pytest.mark.parametrize("op, good", [(op, good) for op, good in dict((c[0], c[1]) for c in CALLS).items()])
+@pytest.mark.parametrize(("op", "good"), GOOD)
 def test_the_good_calls_are_good(op, good):
     assert torch.isfinite(op(**good)).all()
 
@@ -166,8 +224,14 @@ def test_the_good_calls_are_good(op, good):
     ("op", "good", "name", "bad"), CALLS, ids=[f"{c[0].__name__}-{c[2]}-{i}" for i, c in enumerate(CALLS)]
 )
 def test_the_error_names_the_argument(op, good, name, bad):
+    call = {**good, **bad}
+    before = {name: call[name].clone() for name in CACHES if getattr(call.get(name), "is_cpu", False)}
     with pytest.raises((TypeError, ValueError), match=rf"\b{name}\b"):
-        op(**{**good, **bad})
+        op(**call)
+    assert all(torch.equal(call[name], was) for name, was in before.items())  # nothing was written
+
+
+CACHES = ("key_cache", "value_cache", "key_scales", "value_scales")
 
 
 @pytest.mark.parametrize("op", [gpt4fast.attention, gpt4fast.conv_transpose2d])

@@ -75,8 +75,8 @@ def _run(
         as_index(offsets), as_index(kv_lengths), as_index(kv_starts), left, right, softcap, as_float32(alibi_slopes),
         as_index(cu_seqlens_q), as_index(cu_seqlens_k),
     )  # fmt: skip
-    if torch.compiler.is_compiling():
-        return torch.ops.gpt4fast.attention_forward(*inputs)
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return torch.ops.gpt4fast.attention_forward.default(*inputs)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs[:4]):
         return _Attention.apply(*inputs)
     with torch._C._AutoDispatchBelowAutograd():
