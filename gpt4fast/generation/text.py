@@ -35,6 +35,7 @@ def generate(
     pad_id: int = 0,
     stop: Callable[[list[int]], bool] | None = None,
     on_token: Callable[[torch.Tensor], None] | None = None,
+    cache_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """Draws up to `max_new_tokens` tokens after `input_ids`; returns the new ones (batch, n ≤ max_new_tokens), int64.
 
@@ -46,7 +47,8 @@ def generate(
 
     temperature, top_k, top_p, min_p, repetition_penalty: see `Sampling`; applied in the order penalty, temperature,
     top_k, top_p, min_p. `seed` makes the draw repeatable, leaves torch's global generator alone; None is a fresh one.
-    `on_token` gets each new column (batch,) as soon as it is drawn. The model's training mode is restored afterwards.
+    `on_token` gets each new column (batch,) as soon as it is drawn. `cache_dtype=torch.int8` remembers keys and values
+    in fewer bits (`KeyValueCache`). The model's training mode is restored afterwards.
     """
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     if input_ids.dim() != 2 or input_ids.shape[1] == 0 or input_ids.dtype != torch.long:
@@ -81,7 +83,7 @@ def generate(
     was_training = model.training
     model.eval()
     try:
-        logits, step, seen = start(model, input_ids, attention_mask, max_new_tokens, first)
+        logits, step, seen = start(model, input_ids, attention_mask, max_new_tokens, first, cache_dtype)
         return _draw_tokens(logits, step, seen, sampling, max_new_tokens, seed, eos_id, pad_id, stop, on_token)
     finally:
         model.train(was_training)
@@ -121,15 +123,15 @@ def _seen(vocab: int, ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Ten
     return counts.scatter_add_(1, ids, ones) > 0
 
 
-def _start_gpt(model: GPT, input_ids, attention_mask, max_new_tokens, first):
-    cache = model.make_cache(input_ids.shape[0], input_ids.shape[1] + max_new_tokens)
+def _start_gpt(model: GPT, input_ids, attention_mask, max_new_tokens, first, cache_dtype):
+    cache = model.make_cache(input_ids.shape[0], input_ids.shape[1] + max_new_tokens, cache_dtype)
     logits = model(input_ids, attention_mask=attention_mask, cache=cache).logits[:, -1]
     seen = _seen(logits.shape[-1], input_ids, attention_mask)
     return logits, lambda token: model(token[:, None], cache=cache).logits[:, -1], seen
 
 
-def _start_encoder_decoder(model: EncoderDecoder, input_ids, attention_mask, max_new_tokens, first):
-    cache = model.make_cache(input_ids.shape[0], first.shape[1] + max_new_tokens)
+def _start_encoder_decoder(model: EncoderDecoder, input_ids, attention_mask, max_new_tokens, first, cache_dtype):
+    cache = model.make_cache(input_ids.shape[0], first.shape[1] + max_new_tokens, cache_dtype)
     output = model(input_ids, first, attention_mask=attention_mask, cache=cache)
     encoder_output = output.encoder_output
 
@@ -143,13 +145,13 @@ def _start_encoder_decoder(model: EncoderDecoder, input_ids, attention_mask, max
     return logits, step, _seen(logits.shape[-1], input_ids, attention_mask)
 
 
-def _start_encoder(model: Encoder, input_ids, attention_mask, max_new_tokens, first):
+def _start_encoder(model: Encoder, input_ids, attention_mask, max_new_tokens, first, cache_dtype):
     # Read causally, an encoder is a GPT with the same weights: this one shares them, and brings the cache.
     config = GPTConfig(**{f.name: getattr(model.config, f.name) for f in fields(TransformerConfig)})
     with torch.device("meta"):
         gpt = GPT(config).eval()
     gpt.stack, gpt.head.weight = model.stack, model.head.weight
-    return _start_gpt(gpt, input_ids, attention_mask, max_new_tokens, first)
+    return _start_gpt(gpt, input_ids, attention_mask, max_new_tokens, first, cache_dtype)
 
 
 _STARTS = {GPT: _start_gpt, EncoderDecoder: _start_encoder_decoder, Encoder: _start_encoder}

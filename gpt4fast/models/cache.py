@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .layers import Padding, TransformerConfig, check_positive, rotary_tables
+from .layers import Padding, TransformerConfig, check_choice, check_positive, rotary_tables
 
 
 @dataclass
@@ -18,6 +18,8 @@ class LayerCache:
     value: Tensor  # (B, Hk, used, D)
     lengths: Tensor  # (B,) int64, rows filled before this call
     starts: Tensor | None  # (B,) int64, left padding
+    key_scales: Tensor | None  # (B, Hk, used) float32, of an int8 cache
+    value_scales: Tensor | None
 
 
 class KeyValueCache:
@@ -30,20 +32,29 @@ class KeyValueCache:
     - a prompt or chunk padded on the right advances each row by its real tokens only (`lengths`), and the next call
       overwrites the padding.
 
+    With ``dtype=torch.int8`` the entries take a quarter of float32's memory and half of bfloat16's: each is rounded to
+    1/127 of its largest number.
+
     Rotary angles are those of the place in the cache. Left padding shifts a row's queries and keys alike, which rotary
     attention does not see; learned positions count from `starts`.
     """
 
-    def __init__(self, config: TransformerConfig, batch: int, max_length: int, like: Tensor):
+    def __init__(
+        self, config: TransformerConfig, batch: int, max_length: int, like: Tensor, dtype: torch.dtype | None = None
+    ):
         check_positive("batch", batch)
         check_positive("max_length", max_length)
         if config.positions == "learned" and max_length > config.max_length:
             raise ValueError(
                 f"max_length is {max_length}, more than the {config.max_length} learned positions of the model"
             )
+        check_choice("dtype", dtype, (None, like.dtype, torch.int8))
         shape = (config.num_layers, batch, config.num_kv_heads, max_length, config.head_dim)
-        self.key = torch.zeros(shape, device=like.device, dtype=like.dtype)
+        self.key = torch.zeros(shape, device=like.device, dtype=dtype or like.dtype)
         self.value = torch.zeros_like(self.key)
+        self.scales: tuple[Tensor, Tensor] | None = None  # of the keys and values of an int8 cache, one per entry
+        if dtype == torch.int8:
+            self.scales = tuple(torch.ones(shape[:-1], device=like.device, dtype=torch.float32) for _ in range(2))
         self.lengths = torch.zeros(batch, device=like.device, dtype=torch.int64)
         self.starts: Tensor | None = None
         self.rotary = rotary_tables(max_length, config, like) if config.positions == "rotary" else None
@@ -86,7 +97,8 @@ class KeyValueCache:
     def layer(self, index: int, length: int) -> LayerCache:
         """The view that a chunk of the given length reads and writes: no longer than needed, whatever was allocated."""
         stop = self.used + length
-        return LayerCache(self.key[index, :, :, :stop], self.value[index, :, :, :stop], self.lengths, self.starts)
+        key, value, *scales = (t[index, :, :, :stop] for t in (self.key, self.value, *(self.scales or ())))
+        return LayerCache(key, value, self.lengths, self.starts, *(scales or (None, None)))
 
     def advance(self, length: int, padding: Padding | None) -> None:
         """Counts a chunk in, once all layers have stored it."""

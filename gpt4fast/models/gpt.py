@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from .cache import KeyValueCache
@@ -88,6 +89,7 @@ class GPT(Pretrained, nn.Module):
         check_labels(labels, input_ids, self.config)
         return GPTOutput(logits, token_loss(logits, labels))
 
-    def make_cache(self, batch: int, max_length: int) -> KeyValueCache:
-        """An empty cache for batch rows of up to max_length tokens, on the model's device and in its dtype."""
-        return KeyValueCache(self.config, batch, max_length, like=self.stack.tokens.weight)
+    def make_cache(self, batch: int, max_length: int, dtype: torch.dtype | None = None) -> KeyValueCache:
+        """An empty cache for batch rows of up to max_length tokens, on the model's device and in its dtype,
+        or with ``dtype=torch.int8`` in a fraction of the memory."""
+        return KeyValueCache(self.config, batch, max_length, like=self.stack.tokens.weight, dtype=dtype)

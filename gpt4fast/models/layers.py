@@ -241,6 +241,7 @@ class SelfAttention(nn.Module):
             y = gpt4fast.attention_decode(
                 q.detach(), cache.key, cache.value, cache.lengths,
                 key=k.detach(), value=v.detach(), rotary=rotary, kv_starts=cache.starts,
+                key_scales=cache.key_scales, value_scales=cache.value_scales,
             )  # fmt: skip
         else:
             if rotary is not None:

@@ -54,6 +54,20 @@ def test_gpt_with_cache_equals_full_forward(gpt):
     assert torch.equal(new, greedy_gpt(gpt, ids, 20))
 
 
+def test_int8_cache(gpt, encoder_decoder):
+    ids = torch.randint(40, (3, 7))
+    new = generate(gpt, ids, max_new_tokens=6, temperature=0, cache_dtype=torch.int8)
+    cache, expected, chunk = gpt.make_cache(3, 13, torch.int8), [], ids
+    for _ in range(6):
+        chunk = gpt(chunk, cache=cache).logits[:, -1].argmax(-1, keepdim=True)
+        expected.append(chunk)
+    assert torch.equal(new, torch.cat(expected, 1))
+    new = generate(encoder_decoder, ids, max_new_tokens=6, temperature=0, bos_id=1, cache_dtype=torch.int8)
+    assert new.shape == (3, 6)
+    with pytest.raises(ValueError, match="dtype must be one of None, torch.float32, torch.int8, got torch.float64"):
+        generate(gpt, ids, max_new_tokens=6, cache_dtype=torch.float64)
+
+
 def test_encoder_decoder_with_cache_equals_full_forward(encoder_decoder):
     source = torch.randint(40, (3, 9))
     written = torch.full((3, 1), 1)

@@ -8,8 +8,8 @@ import torch
 from gpt4fast.models import GPT, GPTConfig
 
 
-def decode(model, ids, chunks, max_length=None):
-    cache = model.make_cache(len(ids), max_length or ids.shape[1])
+def decode(model, ids, chunks, max_length=None, dtype=None):
+    cache = model.make_cache(len(ids), max_length or ids.shape[1], dtype)
     return torch.cat([model(chunk, cache=cache).logits for chunk in ids.split(chunks, dim=1)], dim=1), cache
 
 
@@ -74,6 +74,22 @@ def test_other_dtypes(style, dtype):
     torch.testing.assert_close(actual, model(ids).logits, **tolerance)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_int8_cache(style, dtype):
+    model = GPT(style).to(dtype)
+    ids = torch.randint(style.vocab_size, (2, 12))
+    actual, cache = decode(model, ids, [5, 1, 6], dtype=torch.int8)
+    assert cache.key.dtype == cache.value.dtype == torch.int8 and actual.dtype == dtype
+    assert (cache.key.abs().amax(-1) == 127).all()
+    expected, whole = decode(model, ids, [5, 1, 6])
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0.02)
+    # Later layers differ by what the rounding did to earlier ones.
+    steps = cache.scales[0][0].unsqueeze(-1)
+    assert (
+        (cache.key[0] * steps - whole.key[0].float()).abs() <= 0.51 * steps + 0.01 * (dtype == torch.bfloat16)
+    ).all()
+
+
 def test_rotary_models_decode_beyond_the_length_they_were_made_for():
     model = GPT(GPTConfig.llama(vocab_size=61, max_length=8, num_layers=1, num_heads=2, embed_dim=16)).double()
     ids = torch.randint(61, (1, 12))
@@ -88,6 +104,8 @@ def test_wrong_uses_are_named():
         model.make_cache(1, 17)
     with pytest.raises(ValueError, match="batch must be a positive int, got 0"):
         model.make_cache(0, 8)
+    with pytest.raises(ValueError, match="dtype must be one of None, torch.float32, torch.int8, got torch.int16"):
+        model.make_cache(1, 8, torch.int16)
     cache = model.make_cache(2, 6)
     ids = torch.zeros(2, 4, dtype=torch.long)
     with pytest.raises(ValueError, match="input_ids has 1 rows, the cache was made for 2"):
