@@ -87,8 +87,7 @@ def _attention(
             def attend(q: Tensor, k: Tensor, v: Tensor, impl=impl) -> Tensor:
                 return gpt4fast.attention_decode(q, k, v, lengths, impl=impl)
 
-            # attention_decode passes this call on to attention
-            ran = _what_runs("attention", impl, *inputs, is_causal=True, query_offset=lengths - 1, kv_lengths=lengths)
+            ran = _what_runs("attention_decode", impl, *inputs, lengths)
         else:
 
             def attend(q: Tensor, k: Tensor, v: Tensor, impl=impl) -> Tensor:

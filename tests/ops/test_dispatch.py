@@ -14,11 +14,24 @@ def qkv(dtype=torch.float32):
     return [torch.randn(1, 2, 3, 8, dtype=dtype) for _ in range(3)]
 
 
+def packed():
+    """The arguments of ``attention_varlen`` for two sequences."""
+    starts = torch.tensor([0, 2, 5])
+    return [torch.randn(5, 2, 8) for _ in range(3)], (starts, starts, 3, 3)
+
+
+def cached():
+    """The arguments of ``attention_decode`` for two rows."""
+    return torch.randn(2, 4, 1, 8), torch.randn(2, 2, 10, 8), torch.randn(2, 2, 10, 8), torch.tensor([3, 7])
+
+
 @pytest.fixture
 def runs(monkeypatch):
     """Records the implementations that really compute."""
     seen = []
-    for op in (dispatch.ATTENTION, dispatch.CONV_TRANSPOSE):
+    for op in (
+        dispatch.ATTENTION, dispatch.ATTENTION_VARLEN, dispatch.ATTENTION_DECODE, dispatch.CONV_TRANSPOSE
+    ):  # fmt: skip
         for name, candidate in list(op.candidates.items()):
 
             def run(*args, _run=candidate.run, _name=name, **kwargs):
@@ -37,7 +50,10 @@ def test_argument_and_environment_choose(impl, runs, monkeypatch):
     monkeypatch.setenv("GPT4FAST_IMPL", impl)
     gpt4fast.attention(*qkv())
     gpt4fast.conv_transpose1d(torch.randn(1, 2, 3), torch.randn(2, 2, 2))
-    assert runs == [impl] * 3
+    operands, starts = packed()
+    gpt4fast.attention_varlen(*operands, *starts)
+    gpt4fast.attention_decode(*cached())
+    assert runs == [impl] * 5
     gpt4fast.attention(*qkv(), impl="reference")  # the argument goes first
     assert runs[-1] == "reference"
 
@@ -50,6 +66,19 @@ def test_explain_tells_what_auto_runs(runs):
         assert set(explanation.reasons) == set(dispatch.IMPLEMENTATIONS) - {runs[-1]} and all(
             explanation.reasons.values()
         )
+    for requires_grad in (False, True):
+        operands, starts = packed()
+        operands = [t.requires_grad_(requires_grad) for t in operands]
+        query, *caches = cached()
+        query = query.requires_grad_(requires_grad)
+        for op, arguments in (
+            (gpt4fast.attention_varlen, (*operands, *starts)),
+            ("attention_decode", (query, *caches)),
+        ):
+            explanation = gpt4fast.explain(op, *arguments)
+            getattr(gpt4fast, explanation.op)(*arguments)
+            assert explanation.implementation == runs[-1]
+            assert set(explanation.reasons) == set(dispatch.IMPLEMENTATIONS) - {runs[-1]}
     assert "softcap" in gpt4fast.explain("attention", *qkv(), softcap=2.0).reasons["torch"]
     assert "log-sum-exp" in str(gpt4fast.explain("attention", *qkv(), return_lse=True))
     assert (
@@ -78,6 +107,14 @@ def test_an_explicit_request_that_cannot_be_met_raises(impl, kwargs, reason):
 def test_native_refuses_float64():
     with pytest.raises(RuntimeError, match="native"):
         gpt4fast.attention(*qkv(torch.float64), impl="native")
+
+
+def test_native_refuses_gradients_of_decoding(needs_native):
+    query, *caches = cached()
+    with pytest.raises(RuntimeError, match="gradient"):
+        gpt4fast.attention_decode(query.requires_grad_(), *caches, impl="native")
+    with torch.no_grad():
+        gpt4fast.attention_decode(query, *caches, impl="native")
 
 
 def test_unknown_names(monkeypatch):

@@ -78,7 +78,7 @@ def _run(
     if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
         return torch.ops.gpt4fast.attention_forward.default(*inputs)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs[:4]):
-        return _Attention.apply(*inputs)
+        return _Attention.apply(*inputs[:4], inputs[4:])
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.gpt4fast.attention_forward.default(*inputs)
 
@@ -91,7 +91,7 @@ def as_float32(values: Tensor | None) -> Tensor | None:
     return None if values is None else values.to(torch.float32)
 
 
-def _fake_forward(query, key, value, *_):
+def fake_forward(query, key, value, *_):
     batch, heads, length, _ = query.shape
     out = query.new_empty(batch, length, heads, value.shape[3]).transpose(1, 2)
     return out, query.new_empty(batch, heads, length, dtype=torch.float32)
@@ -144,17 +144,20 @@ class _Attention(torch.autograd.Function):
     torch.compile needs and which costs more than a small attention."""
 
     @staticmethod
-    def forward(ctx, *inputs):
+    def forward(ctx, query, key, value, attn_mask, settings):
+        inputs = query, key, value, attn_mask, *settings
         with torch._C._AutoDispatchBelowAutograd():
             output = torch.ops.gpt4fast.attention_forward.default(*inputs)
         _setup_context(ctx, inputs, output)
         return output
 
-    backward = staticmethod(_backward)
+    @staticmethod
+    def backward(ctx, grad_out, grad_lse):
+        return *_backward(ctx, grad_out, grad_lse)[:4], None
 
 
 native.load()
 if native.cpu_library_error() is None:
-    torch.library.register_fake("gpt4fast::attention_forward", _fake_forward)
+    torch.library.register_fake("gpt4fast::attention_forward", fake_forward)
     torch.library.register_fake("gpt4fast::attention_backward", _fake_backward)
     torch.library.register_autograd("gpt4fast::attention_forward", _backward, setup_context=_setup_context)
