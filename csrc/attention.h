@@ -48,12 +48,61 @@ struct AttentionForwardParams : AttentionParams {
   float* lse;  // (B, Hq, Lq), contiguous
 };
 
+// Attention over a cache: key and value are (B, Hk, kv_length, D) or, with a block_table, in blocks of it.
+struct AttentionDecodeParams : AttentionForwardParams {
+  ElementType cache_dtype;     // of key and value: dtype, or int8 with scales
+  const int64_t* block_table;  // (B, blocks_per_row), contiguous: blocks of key and value (blocks, Hk, block_size, D),
+                               // or null: row b is block b
+  int64_t block_size, blocks_per_row;
+  float* key_scales;    // (B or blocks, Hk, kv_length or block_size): a number stands for int8 * scale; or null
+  float* value_scales;  // likewise
+  int64_t key_scale_strides[3];
+  int64_t value_scale_strides[3];
+
+  // Appended first, at the queries' positions.
+  void* key_cache;        // key, to be written
+  void* value_cache;      // value, to be written
+  const void* new_key;    // (B, Hk, Lq, D), or null
+  const void* new_value;  // (B, Hk, Lq, Dv), or null
+  int64_t new_key_strides[4];
+  int64_t new_value_strides[4];
+  const float* cos;  // (positions, rotary_dim / 2), contiguous: query and new_key are turned; or null
+  const float* sin;
+  int64_t rotary_dim;
+  bool rotary_interleaved;
+};
+
+struct AttentionBackwardParams : AttentionParams {
+  const void* grad_out;   // (B, Hq, Lq, Dv)
+  const float* grad_lse;  // (B, Hq, Lq), or null: 0
+  const void* out;        // (B, Hq, Lq, Dv)
+  const float* lse;       // (B, Hq, Lq), contiguous
+  void* grad_query;       // shapes of query, key and value
+  void* grad_key;
+  void* grad_value;
+  float* grad_mask;  // shape of the mask, stride 0 where that is broadcast, or null: not wanted
+  int64_t grad_out_strides[4];
+  int64_t grad_lse_strides[3];
+  int64_t out_strides[4];
+  int64_t grad_query_strides[4];
+  int64_t grad_key_strides[4];
+  int64_t grad_value_strides[4];
+  int64_t grad_mask_strides[4];
+};
+
 namespace cpu {
 
 // A kernel as one CPU level offers it. The result does not depend on the number of threads.
 struct AttentionForwardKernel {
   int64_t (*workspace)(const AttentionForwardParams&);  // bytes of scratch memory that one thread needs
   void (*run)(const AttentionForwardParams&, void* workspace, int64_t thread, int64_t threads);
+};
+
+// Tasks are taken by whichever thread is free, and a task that is the last of its head writes the head's result.
+struct AttentionDecodeKernel {
+  int64_t (*workspace)(const AttentionDecodeParams&, int64_t threads);  // bytes of scratch memory for all threads
+  // counters: 1 + B * Hk zeros
+  void (*run)(const AttentionDecodeParams&, void* workspace, int64_t* counters, int64_t thread);
 };
 
 }  // namespace cpu

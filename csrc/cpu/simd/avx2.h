@@ -167,6 +167,17 @@ inline void transpose(Vector (&rows)[8]) {
   }
 }
 
+inline Vector sum_fours(Vector a, Vector b, Vector c, Vector d) {
+  const __m256 ab = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+  const __m256 cd = _mm256_add_ps(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
+  return _mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xee));
+}
+
+inline Vector sum_groups(const Vector (&parts)[2]) {
+  return _mm256_add_ps(_mm256_permute2f128_ps(parts[0], parts[1], 0x20),
+                       _mm256_permute2f128_ps(parts[0], parts[1], 0x31));
+}
+
 inline UintVector multiply_high(UintVector a, UintVector b) {
   const __m256i even = _mm256_mul_epu32((__m256i)a, (__m256i)b);
   const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64((__m256i)a, 32), _mm256_srli_epi64((__m256i)b, 32));

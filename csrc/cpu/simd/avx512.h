@@ -171,6 +171,19 @@ inline void transpose(Vector (&rows)[16]) {
   }
 }
 
+inline Vector sum_fours(Vector a, Vector b, Vector c, Vector d) {
+  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+  return _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+}
+
+inline Vector sum_groups(const Vector (&parts)[4]) {
+  const auto halves = [](Vector a, Vector b) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  };
+  return halves(halves(parts[0], parts[1]), halves(parts[2], parts[3]));
+}
+
 // The upper halves of the 64-bit products.
 inline UintVector multiply_high(UintVector a, UintVector b) {
   const __m512i even = _mm512_mul_epu32((__m512i)a, (__m512i)b);

@@ -170,6 +170,18 @@ inline void transpose(Vector (&rows)[4]) {
   }
 }
 
+// Lane i of each group of four: the sum of that group's lanes in a, b, c or d.
+inline Vector sum_fours(Vector a, Vector b, Vector c, Vector d) {
+  Vector rows[4] = {a, b, c, d};
+  transpose(rows);
+  return (rows[0] + rows[2]) + (rows[1] + rows[3]);
+}
+
+// Group i of the result: the sum of the groups of four lanes of parts[i].
+inline Vector sum_groups(const Vector (&parts)[1]) {
+  return parts[0];
+}
+
 // The upper halves of the 64-bit products.
 inline UintVector multiply_high(UintVector a, UintVector b) {
   const WideVector product = __builtin_convertvector(a, WideVector) * __builtin_convertvector(b, WideVector);
