@@ -4,7 +4,10 @@
 // scores are in L1. Compiled once per CPU level.
 #include "../attention.h"
 
+#include <type_traits>
+
 #include "attention_pack.h"
+#include "attention_tasks.h"
 #include "attention_rows.h"
 #include "attention_scores.h"
 #include "tile_product.h"
@@ -34,17 +37,17 @@ int64_t longest_sequence(const AttentionForwardParams& p) {
 // Scratch memory of one thread. T is what products are made of.
 template <typename T>
 struct Workspace {
-  T* queries;            // (block_rows, padded_depth(D))
-  float* out;            // (block_rows, padded_columns(Dv))
-  Vector* totals;        // (block_rows)
-  float* scores;         // (kTileRows, kKeyBlock)
-  float* bias;           // (kTileRows, kKeyBlock)
-  T* weights;            // (kTileRows, kKeyBlock); float32 weights replace the scores
-  Row* rows;             // (block_rows)
-  float* maxima;         // (block_rows), of the scores times log2(e)
-  T* keys;               // (tiles, padded_depth(D) / kDepth, kKeyBlock, kDepth)
-  T* values;             // (tiles, kKeyBlock / kDepth, padded_columns(Dv), kDepth)
-  uint8_t* tile_states;  // (tiles)
+  T* queries;       // (block_rows, padded_depth(D))
+  float* out;       // (block_rows, padded_columns(Dv))
+  Vector* totals;   // (block_rows)
+  float* scores;    // (kTileRows, kKeyBlock)
+  float* bias;      // (kTileRows, kKeyBlock)
+  T* weights;       // (kTileRows, kKeyBlock); float32 weights replace the scores
+  Row* rows;        // (block_rows)
+  float* maxima;    // (block_rows), of the scores times log2(e)
+  T* keys;          // (tiles, padded_depth(D) / kDepth, kKeyBlock, kDepth)
+  T* values;        // (tiles, kKeyBlock / kDepth, padded_columns(Dv), kDepth)
+  bool* is_packed;  // (tiles)
   int64_t bytes = 0;
 
   Workspace(const AttentionForwardParams& p, void* memory) : base_(static_cast<char*>(memory)) {
@@ -64,7 +67,7 @@ struct Workspace {
     take(maxima, rows_count);
     take(keys, tiles * depth * kKeyBlock);
     take(values, tiles * kKeyBlock * width);
-    take(tile_states, tiles);
+    take(is_packed, tiles);
   }
 
  private:
@@ -77,8 +80,6 @@ struct Workspace {
   char* base_;
 };
 
-enum TileState : uint8_t { kNotPacked, kFinite, kNotFinite };
-
 template <typename scalar_t>
 class Kernel {
   using T = Compute<scalar_t>;
@@ -86,66 +87,124 @@ class Kernel {
  public:
   Kernel(const AttentionForwardParams& params, void* memory) : p(params), work(params, memory), dropout(params) {}
 
-  // Rows [start, start + count) of the queries * Hq / Hk rows that share a key/value head.
-  void run(const Sequence& sequence, int64_t kv_head, int64_t start, int64_t count) {
-    begin_head(sequence, kv_head);
-    begin_rows(sequence, kv_head, start, count);
-    const Range tiles = visible_tiles(work.rows, count);
-    const bool is_general = has_adjustments(p) || p.dropout_p != 0.0f || p.scale <= 0.0f;
-    for (int64_t tile = tiles.first; tile < tiles.last; ++tile) {
-      pack(sequence, tile);
-      for (int64_t row = 0; row < count; row += kTileRows) {
-        if (is_general) {
-          add_tile<true>(sequence, tile, row, least<int64_t>(kTileRows, count - row));
-        } else {
-          add_tile<false>(sequence, tile, row, least<int64_t>(kTileRows, count - row));
-        }
-      }
+  // next is the task to come, or null.
+  void run(const Task& task, const Task* next) {
+    begin_head(task);
+    if (next && !next->same_head(task)) {
+      const int64_t groups = (task.count + kTileRows - 1) / kTileRows;
+      const int64_t tiles = (task.sequence.keys + kKeyBlock - 1) / kKeyBlock;
+      prefetch_ = Prefetch(p, *next, most<int64_t>(groups * tiles, 1), static_cast<const scalar_t*>(nullptr));
     }
-    write(sequence, count);
+    careful_ = false;
+    compute(task);
+    if (!write(task)) {
+      // An infinity or NaN came in, perhaps from a value that a row does not see, since 0 * NaN is NaN.
+      careful_ = true;
+      compute(task);
+      write(task);
+    }
   }
 
  private:
-  void begin_head(const Sequence& sequence, int64_t kv_head) {
-    if (packed_sequence_ == sequence.index && packed_head_ == kv_head) {
+  void compute(const Task& task) {
+    begin_rows(task.sequence, task.kv_head, task.start, task.count);
+    const Range tiles = visible_tiles(work.rows, task.count);
+    const bool is_general = has_adjustments(p) || p.dropout_p != 0.0f || p.scale <= 0.0f;
+    for (int64_t tile = tiles.first; tile < tiles.last; ++tile) {
+      pack(task.sequence, tile);
+      for (int64_t row = 0; row < task.count; row += kTileRows) {
+        prefetch_.step();
+        if (is_general) {
+          add_tile<true>(task.sequence, tile, row, least<int64_t>(kTileRows, task.count - row));
+        } else {
+          add_tile<false>(task.sequence, tile, row, least<int64_t>(kTileRows, task.count - row));
+        }
+      }
+    }
+  }
+
+  void begin_head(const Task& task) {
+    if (head_.same_head(task)) {
       return;
     }
-    packed_sequence_ = sequence.index;
-    packed_head_ = kv_head;
-    std::memset(work.tile_states, kNotPacked, static_cast<size_t>((sequence.keys + kKeyBlock - 1) / kKeyBlock));
-    keys_ = {static_cast<const scalar_t*>(p.key) + sequence.storage * p.key_strides[0] + kv_head * p.key_strides[1] +
-                 sequence.first_key * p.key_strides[2],
+    head_ = task;
+    const Sequence& sequence = task.sequence;
+    std::memset(work.is_packed, 0, static_cast<size_t>((sequence.keys + kKeyBlock - 1) / kKeyBlock));
+    keys_ = {static_cast<const scalar_t*>(p.key) + sequence.storage * p.key_strides[0] +
+                 task.kv_head * p.key_strides[1] + sequence.first_key * p.key_strides[2],
              p.key_strides[2], p.key_strides[3], p.head_dim};
     values_ = {static_cast<const scalar_t*>(p.value) + sequence.storage * p.value_strides[0] +
-                   kv_head * p.value_strides[1] + sequence.first_key * p.value_strides[2],
+                   task.kv_head * p.value_strides[1] + sequence.first_key * p.value_strides[2],
                p.value_strides[2], p.value_strides[3], p.value_dim};
+    queries_ = {static_cast<const scalar_t*>(p.query) + sequence.storage * p.query_strides[0] +
+                    task.kv_head * group_size() * p.query_strides[1] + sequence.first_query * p.query_strides[2],
+                p.query_strides[2], p.query_strides[3], p.head_dim};
   }
 
   void begin_rows(const Sequence& sequence, int64_t kv_head, int64_t start, int64_t count) {
     const int64_t depth = padded_depth<T>(p.head_dim), width = padded_columns(p.value_dim);
     for (int64_t i = 0; i < count; ++i) {
-      Row& row = work.rows[i] = Row(p, sequence, kv_head, start + i);
+      const Row& row = work.rows[i] = Row(p, sequence, kv_head, start + i);
       work.maxima[i] = -kInfinity;
       work.totals[i] = Vector{};
-      const scalar_t* query = static_cast<const scalar_t*>(p.query) + sequence.storage * p.query_strides[0] +
-                              row.head * p.query_strides[1] + (sequence.first_query + row.query) * p.query_strides[2];
-      pack_row(query, p.query_strides[3], p.head_dim, depth, work.queries + i * depth);
+      if (!queries_in_place()) {
+        const scalar_t* query =
+            queries_.data + row.query * queries_.row_stride + (row.head - kv_head * group_size()) * p.query_strides[1];
+        pack_row(query, queries_.stride, p.head_dim, depth, work.queries + i * depth);
+      }
     }
     std::memset(work.out, 0, static_cast<size_t>(count * width) * sizeof(float));
   }
 
-  T* packed_keys(int64_t tile) { return work.keys + tile * padded_depth<T>(p.head_dim) * kKeyBlock; }
-  T* packed_values(int64_t tile) { return work.values + tile * kKeyBlock * padded_columns(p.value_dim); }
+  int64_t group_size() const { return p.query_heads / p.kv_heads; }
+
+  // Whether queries can be read as they lie: then they are not copied.
+  bool queries_in_place() const {
+    return std::is_same_v<T, scalar_t> && p.query_heads == p.kv_heads && queries_.stride == 1 &&
+           p.head_dim % kDepth<T> == 0;
+  }
+
+  bool values_in_place() const {
+    return std::is_same_v<T, scalar_t> && kDepth<T> == 1 && values_.stride == 1 && values_.row_stride == p.value_dim &&
+           p.value_dim % kLanes == 0;
+  }
+
+  LeftOperand<T> queries_of(int64_t row) const {
+    if constexpr (std::is_same_v<T, scalar_t>) {
+      if (queries_in_place()) {
+        return {queries_.data + work.rows[row].query * queries_.row_stride, queries_.row_stride, kDepth<T>};
+      }
+    }
+    const int64_t depth = padded_depth<T>(p.head_dim);
+    return {work.queries + row * depth, depth, kDepth<T>};
+  }
+
+  RightOperand<T> keys_of(int64_t tile, int64_t column) const {
+    const T* packed = work.keys + tile * padded_depth<T>(p.head_dim) * kKeyBlock;
+    return {packed + column * kDepth<T>, kKeyBlock * kDepth<T>};
+  }
+
+  RightOperand<T> values_of(int64_t tile, int64_t column) const {
+    if constexpr (std::is_same_v<T, scalar_t>) {
+      if (values_in_place()) {
+        return {values_.data + (tile * kKeyBlock + column) * values_.row_stride, values_.row_stride};
+      }
+    }
+    const int64_t width = padded_columns(p.value_dim);
+    return {work.values + (tile * kKeyBlock + column) * width, width * kDepth<T>};
+  }
 
   // Once per head: all blocks of rows share it.
   void pack(const Sequence& sequence, int64_t tile) {
-    if (work.tile_states[tile] != kNotPacked) {
+    if (work.is_packed[tile]) {
       return;
     }
+    work.is_packed[tile] = true;
     const int64_t key = tile * kKeyBlock, count = least(kKeyBlock, sequence.keys - key);
-    pack_transposed(rows_from(keys_, key), count, packed_keys(tile));
-    const bool finite = pack_right(rows_from(values_, key), count, kKeyBlock, packed_values(tile));
-    work.tile_states[tile] = finite ? kFinite : kNotFinite;
+    pack_transposed(rows_from(keys_, key), count, work.keys + tile * padded_depth<T>(p.head_dim) * kKeyBlock);
+    if (!values_in_place()) {
+      pack_right(rows_from(values_, key), count, kKeyBlock, work.values + key * padded_columns(p.value_dim));
+    }
   }
 
   template <bool kGeneral>
@@ -156,6 +215,7 @@ class Kernel {
       return;
     }
     const Range columns = {seen.first / kLanes * kLanes, round_up(seen.last, kLanes)};
+    const bool seen_by_all = all_see_all(work.rows + first, count, key);
     if constexpr (kGeneral) {
       bool any_visible = !p.mask;
       for (int64_t i = 0; p.mask && i < count; ++i) {
@@ -165,21 +225,18 @@ class Kernel {
         return;
       }
     }
-    const int64_t depth = padded_depth<T>(p.head_dim);
-    multiply<false>(count, LeftOperand<T>{work.queries + first * depth, depth, kDepth<T>},
-                    RightOperand<T>{packed_keys(tile) + columns.first * kDepth<T>, kKeyBlock * kDepth<T>},
-                    depth / kDepth<T>, (columns.last - columns.first) / kLanes, work.scores + columns.first, kKeyBlock);
+    multiply<false>(count, queries_of(first), keys_of(tile, columns.first), padded_depth<T>(p.head_dim) / kDepth<T>,
+                    (columns.last - columns.first) / kLanes, work.scores + columns.first, kKeyBlock);
     for (int64_t i = 0; i < count; ++i) {
       const Row& row = work.rows[first + i];
       float* scores = work.scores + i * kKeyBlock;
       if constexpr (kGeneral) {
         adjust_scores(p, row, key, columns, p.mask ? work.bias + i * kKeyBlock : nullptr, scores, nullptr);
       }
-      const Range visible = visible_columns(row, key);
-      hide_scores(visible, columns, scores);
-      if (columns.first == 0 && columns.last == kKeyBlock) {
+      if (seen_by_all) {
         soften<kGeneral>({0, kKeyBlock}, first + i, scores);
       } else {
+        hide_scores(visible_columns(row, key), columns, scores);
         soften<kGeneral>(columns, first + i, scores);
       }
       if constexpr (kGeneral) {
@@ -193,14 +250,14 @@ class Kernel {
         }
       }
     }
-    add_values(tile, first, count, columns);
+    add_values(tile, first, count, {seen.first / kDepth<T> * kDepth<T>, round_up(seen.last, kDepth<T>)});
   }
 
   // Turns one row's scores into weights relative to the running maximum.
   template <bool kGeneral>
   [[gnu::always_inline]] void soften(Range columns, int64_t row, float* scores) {
     constexpr int kDegree = kDepth<T> == 1 ? 5 : 4;
-    const Exponent exponent(kGeneral ? kLog2E : p.scale * kLog2E);
+    const Exponent& exponent = exponents[kGeneral];
     Vector largest_lanes = broadcast(-kInfinity);
     for (int64_t k = columns.first; k < columns.last; k += kLanes) {
       largest_lanes = maximum(largest_lanes, load(scores + k));
@@ -220,8 +277,12 @@ class Kernel {
   }
 
   [[gnu::noinline]] void raise_maximum(int64_t row, float maximum) {
-    const Vector rescale = exp2<5>(broadcast(work.maxima[row] - maximum));
+    const float before = work.maxima[row];
     work.maxima[row] = maximum;
+    if (before == -kInfinity) {
+      return;  // nothing was summed yet
+    }
+    const Vector rescale = exp2<5>(broadcast(before - maximum));
     work.totals[row] = work.totals[row] * rescale;
     const int64_t width = padded_columns(p.value_dim);
     for (float* out = work.out + row * width; out < work.out + (row + 1) * width; out += kLanes) {
@@ -229,18 +290,16 @@ class Kernel {
     }
   }
 
-  void add_values(int64_t tile, int64_t first, int64_t count, Range columns) {
+  void add_values(int64_t tile, int64_t first, int64_t count, Range keys) {
     const int64_t width = padded_columns(p.value_dim);
     float* out = work.out + first * width;
-    if (work.tile_states[tile] == kFinite) {
-      multiply<true>(count, LeftOperand<T>{work.weights + columns.first, kKeyBlock, kDepth<T>},
-                     RightOperand<T>{packed_values(tile) + columns.first * width, width * kDepth<T>},
-                     (columns.last - columns.first) / kDepth<T>, width / kLanes, out, width);
+    if (!careful_) {
+      multiply<true>(count, LeftOperand<T>{work.weights + keys.first, kKeyBlock, kDepth<T>},
+                     values_of(tile, keys.first), (keys.last - keys.first) / kDepth<T>, width / kLanes, out, width);
       return;
     }
-    // An infinity or NaN may lie where a row does not see it, and 0 * NaN is NaN: weights of 0 are left out.
     for (int64_t i = 0; i < count; ++i) {
-      for (int64_t k = columns.first; k < columns.last; ++k) {
+      for (int64_t k = keys.first; k < keys.last; ++k) {
         const float weight = to_float(work.weights + i * kKeyBlock + k);
         const scalar_t* value = values_.data + (tile * kKeyBlock + k) * values_.row_stride;
         for (int64_t d = 0; weight != 0.0f && d < p.value_dim; ++d) {
@@ -250,26 +309,33 @@ class Kernel {
     }
   }
 
-  void write(const Sequence& sequence, int64_t count) {
+  // Returns whether all sums are finite.
+  bool write(const Task& task) {
+    const Sequence& sequence = task.sequence;
     const int64_t width = padded_columns(p.value_dim);
-    for (int64_t i = 0; i < count; ++i) {
+    bool finite = true;
+    for (int64_t i = 0; i < task.count; ++i) {
       const Row& row = work.rows[i];
       const int64_t query = sequence.first_query + row.query;
       const float total = sum(work.totals[i]);
       const Vector factor = broadcast(total == 0.0f ? 0.0f : dropout.scale / total);
       scalar_t* target = static_cast<scalar_t*>(p.out) + sequence.storage * p.out_strides[0] +
                          row.head * p.out_strides[1] + query * p.out_strides[2];
+      Vector zeros = {};
       for (int64_t d = 0; d < p.value_dim; d += kLanes) {
-        const Vector out = load(work.out + i * width + d) * factor;
+        const Vector out = load(work.out + i * width + d);
+        zeros = zeros + out * 0.0f;
         if (d + kLanes <= p.value_dim) {
-          store(target + d, out);
+          store(target + d, out * factor);
         } else {
-          store(target + d, out, p.value_dim - d);
+          store(target + d, out * factor, p.value_dim - d);
         }
       }
+      finite = finite && sum(zeros) == 0.0f;
       float* lse = p.lse + (sequence.storage * p.query_heads + row.head) * p.query_length + query;
-      *lse = total == 0.0f ? -kInfinity : static_cast<float>((work.maxima[i] + __builtin_log2(total)) * kLn2);
+      *lse = total == 0.0f ? -kInfinity : (work.maxima[i] + __builtin_log2f(total)) * static_cast<float>(kLn2);
     }
+    return finite;
   }
 
   static Rows<scalar_t> rows_from(Rows<scalar_t> all, int64_t first) {
@@ -280,47 +346,34 @@ class Kernel {
   const AttentionForwardParams& p;
   Workspace<T> work;
   Dropout dropout;
-  int64_t packed_sequence_ = -1, packed_head_ = -1;
-  Rows<scalar_t> keys_, values_;
+  Exponent exponents[2] = {Exponent(most(p.scale, 0.0f) * kLog2E), Exponent(kLog2E)};  // of products, of scores
+  Prefetch prefetch_;
+  Task head_ = {{}, -1, 0, 0};  // whose keys and values are packed
+  bool careful_ = false;        // leave out values of weight 0
+  Rows<scalar_t> queries_, keys_, values_;
 };
 
-// Roughly the time that rows [start, start + count) of a head take.
-int64_t cost_of(const AttentionForwardParams& p, const Sequence& sequence, int64_t start, int64_t count) {
-  const auto keys_of = [&](int64_t row) {
-    const Row seen(p, sequence, 0, row);
-    return most<int64_t>(seen.end - seen.begin, 0);
-  };
-  return count * (keys_of(start) + keys_of(start + count - 1) + kKeyBlock);
-}
-
+// Each thread takes a run of neighbouring tasks that costs its share, so that it packs few heads.
 template <typename scalar_t>
 void run_tasks(const AttentionForwardParams& p, void* workspace, int64_t thread, int64_t threads) {
-  const int64_t group = p.query_heads / p.kv_heads, step = block_rows(p);
-  const auto for_each_block = [&](auto use) {
-    for (int64_t b = 0; b < p.batch; ++b) {
-      const Sequence sequence(p, b);
-      const int64_t rows = sequence.queries * group;
-      for (int64_t head = 0; head < p.kv_heads; ++head) {
-        for (int64_t start = 0; start < rows; start += step) {
-          use(sequence, head, start, least(step, rows - start));
-        }
-      }
-    }
-  };
-  // Each thread takes a run of neighbouring tasks that costs its share, so that it packs few heads.
   int64_t total = 0;
-  for_each_block([&](const Sequence& sequence, int64_t, int64_t start, int64_t count) {
-    total += cost_of(p, sequence, start, count);
-  });
-  Kernel<scalar_t> kernel(p, workspace);
+  for_each_task(p, block_rows(p), [&](const Task& task) { total += cost_of(p, task); });
   const double share = static_cast<double>(total) / static_cast<double>(threads);
+  Kernel<scalar_t> kernel(p, workspace);
+  Task present = {};  // of no rows: none yet
   int64_t before = 0;
-  for_each_block([&](const Sequence& sequence, int64_t head, int64_t start, int64_t count) {
+  for_each_task(p, block_rows(p), [&](const Task& task) {
     if (static_cast<int64_t>(static_cast<double>(before) / share) == thread) {
-      kernel.run(sequence, head, start, count);
+      if (present.count > 0) {
+        kernel.run(present, &task);
+      }
+      present = task;
     }
-    before += cost_of(p, sequence, start, count);
+    before += cost_of(p, task);
   });
+  if (present.count > 0) {
+    kernel.run(present, nullptr);
+  }
 }
 
 template <typename Use>

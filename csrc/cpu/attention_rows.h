@@ -23,6 +23,8 @@ struct Sequence {
   int64_t offset;      // position of query 0 among the keys
   int64_t begin, end;  // keys that starts and lengths leave visible
 
+  Sequence() = default;
+
   Sequence(const AttentionParams& p, int64_t b) : index(b) {
     const bool packed = p.cu_seqlens_q != nullptr;
     storage = packed ? 0 : b;
@@ -90,6 +92,15 @@ inline Range visible_columns(const Row* rows, int64_t count, int64_t key) {
     if (!columns.empty()) {
       all = {least(all.first, columns.first), most(all.last, columns.last)};
     }
+  }
+  return all;
+}
+
+// Whether each of the rows sees each column.
+inline bool all_see_all(const Row* rows, int64_t count, int64_t key) {
+  bool all = true;
+  for (int64_t i = 0; i < count; ++i) {
+    all = all && rows[i].begin <= key && key + kKeyBlock <= rows[i].end;
   }
   return all;
 }
