@@ -8,14 +8,15 @@
 
 namespace gpt4fast::cpu::GPT4FAST_LEVEL {
 
+// The first count numbers at any stride, as many as a vector holds, then zeros.
 template <typename T>
-inline Vector read_bias(const T* mask, int64_t stride, int64_t count) {
+inline Vector read_vector(const T* source, int64_t stride, int64_t count) {
   if (stride == 1) {
-    return count >= kLanes ? load(mask) : load(mask, count);
+    return count >= kLanes ? load(source) : load(source, count);
   }
   float values[kLanes] = {};
   for (int64_t i = 0; i < least(count, kLanes); ++i) {
-    values[i] = to_float(mask + i * stride);
+    values[i] = to_float(source + i * stride);
   }
   return load(values);
 }
@@ -31,7 +32,7 @@ inline bool read_mask(const AttentionParams& p, const Sequence& sequence, const 
     const Vector hidden = broadcast(-kInfinity);
     bool visible = false;
     for (int64_t k = columns.first; k < columns.last; k += kLanes) {
-      const Vector values = convert(read_bias(mask + offset + k * stride, stride, sequence.keys - key - k));
+      const Vector values = convert(read_vector(mask + offset + k * stride, stride, sequence.keys - key - k));
       visible = visible || any(greater(values, hidden)) || sum(values) != sum(values);
       store(bias + k, values);
     }

@@ -1,0 +1,139 @@
+// The operator gpt4fast::attention_backward on a CPU.
+#include "attention_backward.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <tuple>
+#include <vector>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "../common/checks.h"
+#include "../common/dtypes.h"
+#include "attention_arguments.h"
+#include "attention_backward_plan.h"
+#include "cpu_level.h"
+
+namespace gpt4fast::cpu {
+
+GPT4FAST_KERNEL_OF_LEVELS(AttentionBackwardKernel, attention_backward_kernel)
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Optional = std::optional<Tensor>;
+
+void set_saved_tensors(const Tensor& grad_out, const Optional& grad_lse, const Tensor& query, const Tensor& out,
+                       const Tensor& lse, AttentionBackwardParams& p) {
+  const auto check = [&](const Tensor& tensor, const char* name, ScalarType dtype, std::vector<int64_t> shape) {
+    STD_TORCH_CHECK(tensor.is_cpu(), "expected ", name, " to be on the CPU");
+    STD_TORCH_CHECK(tensor.scalar_type() == dtype, "expected ", name, " to be ", name_of(dtype), ", but its dtype is ",
+                    name_of(tensor.scalar_type()));
+    bool fits = tensor.dim() == static_cast<int64_t>(shape.size());
+    for (size_t axis = 0; fits && axis < shape.size(); ++axis) {
+      fits = tensor.size(static_cast<int64_t>(axis)) == shape[axis];
+    }
+    STD_TORCH_CHECK(fits, "expected ", name, " to have shape (", query.size(0), ", ", p.query_heads, ", ",
+                    p.query_length, shape.size() == 4 ? message(", ", p.value_dim) : "", "), but its shape is ",
+                    shape_of(tensor));
+  };
+  const std::vector<int64_t> of_rows = {query.size(0), p.query_heads, p.query_length};
+  const std::vector<int64_t> of_values = {query.size(0), p.query_heads, p.query_length, p.value_dim};
+  check(grad_out, "grad_out", query.scalar_type(), of_values);
+  check(out, "out", query.scalar_type(), of_values);
+  check(lse, "lse", ScalarType::Float, of_rows);
+  CHECK_CONTIGUOUS(lse);
+  p.grad_out = grad_out.const_data_ptr();
+  copy_strides(grad_out, p.grad_out_strides);
+  p.out = out.const_data_ptr();
+  copy_strides(out, p.out_strides);
+  p.lse = lse.const_data_ptr<float>();
+  if (grad_lse) {
+    check(*grad_lse, "grad_lse", ScalarType::Float, of_rows);
+    p.grad_lse = grad_lse->const_data_ptr<float>();
+    copy_strides(*grad_lse, p.grad_lse_strides);
+  }
+}
+
+Tensor empty_gradient(const Tensor& of, bool is_covered, void*& data, int64_t (&strides)[4]) {
+  Tensor gradient = torch::stable::empty_like(of);
+  if (!is_covered) {
+    torch::stable::zero_(gradient);
+  }
+  data = gradient.mutable_data_ptr();
+  copy_strides(gradient, strides);
+  return gradient;
+}
+
+// Runs all tasks on torch's threads, each of which takes the next one when it has finished the last.
+void run(const AttentionBackwardParams& p, const std::vector<AttentionBackwardTask>& tasks,
+         const std::vector<MaskGradientTask>& mask_tasks, int64_t threads, const Tensor& like) {
+  const AttentionBackwardKernel& kernel = active_attention_backward_kernel();
+  const int64_t bytes = kernel.workspace(p);
+  const Tensor workspace = torch::stable::new_empty(like, {threads, bytes}, ScalarType::Byte);
+  char* memory = static_cast<char*>(workspace.mutable_data_ptr());
+  std::atomic<size_t> next{0};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; ++thread) {
+      for (size_t i = next++; i < tasks.size() + mask_tasks.size(); i = next++) {
+        if (i < tasks.size()) {
+          kernel.run(p, tasks[i], memory + thread * bytes);
+        } else {
+          kernel.run_mask(p, mask_tasks[i - tasks.size()], memory + thread * bytes);
+        }
+      }
+    }
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
+    const Tensor& grad_out, const Optional& grad_lse, const Tensor& query, const Tensor& key, const Tensor& value,
+    const Tensor& out, const Tensor& lse, bool needs_mask_grad, const Optional& attn_mask, double dropout_p,
+    const Optional& dropout_seed, bool is_causal, double scale, int64_t query_offset, const Optional& query_offsets,
+    const Optional& kv_lengths, const Optional& kv_starts, int64_t window_left, int64_t window_right, double softcap,
+    const Optional& alibi_slopes, const Optional& cu_seqlens_q, const Optional& cu_seqlens_k) {
+  AttentionBackwardParams p{};
+  set_attention_params(query, key, value,
+                       {attn_mask, dropout_p, dropout_seed, is_causal, scale, query_offset, query_offsets, kv_lengths,
+                        kv_starts, window_left, window_right, softcap, alibi_slopes, cu_seqlens_q, cu_seqlens_k},
+                       p);
+  set_saved_tensors(grad_out, grad_lse, query, out, lse, p);
+  // Packed sequences may leave out tokens, which then have no gradient.
+  const auto covers = [&](const int64_t* bounds, int64_t length) {
+    return !bounds || (bounds[0] == 0 && bounds[p.batch] == length);
+  };
+  const bool all_queries = covers(p.cu_seqlens_q, p.query_length), all_keys = covers(p.cu_seqlens_k, p.kv_length);
+  const Tensor grad_query = empty_gradient(query, all_queries, p.grad_query, p.grad_query_strides);
+  const Tensor grad_key = empty_gradient(key, all_keys, p.grad_key, p.grad_key_strides);
+  const Tensor grad_value = empty_gradient(value, all_keys, p.grad_value, p.grad_value_strides);
+
+  std::vector<int64_t> mask_shape = {0};
+  if (needs_mask_grad) {
+    STD_TORCH_CHECK(attn_mask && p.mask_kind != MaskKind::boolean, "expected a float attn_mask with needs_mask_grad");
+    mask_shape = {attn_mask->size(0), attn_mask->size(1), attn_mask->size(2), attn_mask->size(3)};
+  }
+  const Tensor grad_mask = torch::stable::new_empty(query, mask_shape, ScalarType::Float);
+  std::vector<MaskGradientTask> mask_tasks;
+  if (needs_mask_grad) {
+    p.grad_mask = grad_mask.mutable_data_ptr<float>();
+    for (int64_t axis = 0; axis < 4; ++axis) {
+      p.grad_mask_strides[axis] = grad_mask.size(axis) == 1 ? 0 : grad_mask.stride(axis);
+    }
+    mask_tasks = plan_mask(p, grad_mask.size(0), grad_mask.size(1));
+  }
+  const int64_t threads = threads_for(double(lse.numel()) * double(p.kv_length + 1) *
+                                      (3.0 * double(p.head_dim) + 2.0 * double(p.value_dim) + 1.0));
+  run(p, plan_backward(p, threads), mask_tasks, threads, query);
+  return {grad_query, grad_key, grad_value, grad_mask};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(gpt4fast, CPU, m) {
+  m.impl("attention_backward", TORCH_BOX(&backward));
+}
+
+}  // namespace gpt4fast::cpu

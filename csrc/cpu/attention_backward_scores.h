@@ -1,0 +1,272 @@
+#pragma once
+
+// The part that all gradients of attention share: for a block of query rows and a tile of keys, the weights P and the
+// gradient of the scores, dS = P * (dO V^T - delta), from the saved logarithm of the sum of exponentials.
+
+#include "attention_backward.h"
+
+#include "attention_pack.h"
+#include "attention_rows.h"
+#include "attention_scores.h"
+#include "tile_product.h"
+
+namespace gpt4fast::cpu::GPT4FAST_LEVEL {
+
+inline constexpr int64_t kBlockRows = kBackwardBlockRows;
+
+inline int64_t tiles_of(const AttentionParams& p) {
+  int64_t keys = 0;
+  for (int64_t b = 0; b < p.batch; ++b) {
+    keys = most(keys, Sequence(p, b).keys);
+  }
+  return (keys + kKeyBlock - 1) / kKeyBlock;
+}
+
+// Hands out pieces of one block of memory, or, without memory, only counts them.
+class Scratch {
+ public:
+  int64_t bytes = 0;
+
+  explicit Scratch(void* memory) : base_(static_cast<char*>(memory)) {}
+
+  template <typename Item>
+  void take(Item*& pointer, int64_t count) {
+    pointer = reinterpret_cast<Item*>(base_ + bytes);
+    bytes += round_up(count * static_cast<int64_t>(sizeof(Item)), 64);
+  }
+
+ private:
+  char* base_;
+};
+
+// Where row `row` and column `column` of a matrix lie whose pairs run along the rows: (rows / kDepth, columns, kDepth).
+template <typename T>
+inline int64_t paired(int64_t row, int64_t column, int64_t columns) {
+  return row / kDepth<T> * kDepth<T> * columns + column * kDepth<T> + row % kDepth<T>;
+}
+
+template <typename scalar_t>
+class ScoreGradients {
+ protected:
+  using T = Compute<scalar_t>;
+
+  ScoreGradients(const AttentionBackwardParams& params, Scratch& scratch)
+      : p(params),
+        depth(padded_depth<T>(params.head_dim)),
+        value_depth(padded_depth<T>(params.value_dim)),
+        width(padded_columns(params.head_dim)),
+        value_width(padded_columns(params.value_dim)),
+        dropout(params) {
+    const int64_t tiles = tiles_of(p);
+    scratch.take(rows, kBlockRows);
+    scratch.take(levels, kBlockRows);
+    scratch.take(deltas, kBlockRows);
+    scratch.take(queries, kBlockRows * width);
+    scratch.take(grad_outs, kBlockRows * value_width);
+    scratch.take(weights, kTileRows * kKeyBlock);
+    scratch.take(grad_scores, kTileRows * kKeyBlock);
+    scratch.take(bias, kTileRows * kKeyBlock);
+    scratch.take(cap_slopes, kKeyBlock);
+    scratch.take(kept, kKeyBlock);
+    scratch.take(keys_transposed, tiles * depth * kKeyBlock);
+    scratch.take(values_transposed, tiles * value_depth * kKeyBlock);
+    scratch.take(tile_states, tiles);
+  }
+
+  void begin_head(const Sequence& of_sequence, int64_t of_head) {
+    sequence = of_sequence;
+    kv_head = of_head;
+    std::memset(tile_states, 0, static_cast<size_t>((sequence.keys + kKeyBlock - 1) / kKeyBlock));
+    keys = {static_cast<const scalar_t*>(p.key) + sequence.storage * p.key_strides[0] + kv_head * p.key_strides[1] +
+                sequence.first_key * p.key_strides[2],
+            p.key_strides[2], p.key_strides[3], p.head_dim};
+    values = {static_cast<const scalar_t*>(p.value) + sequence.storage * p.value_strides[0] +
+                  kv_head * p.value_strides[1] + sequence.first_key * p.value_strides[2],
+              p.value_strides[2], p.value_strides[3], p.value_dim};
+    last_key = 0;  // that any row sees
+    if (sequence.queries > 0) {
+      last_key = Row(p, sequence, kv_head, sequence.queries * (p.query_heads / p.kv_heads) - 1).end;
+    }
+  }
+
+  // Rows first, first + step, ... of the queries * Hq / Hk rows that share the key/value head. A pair is filled up with
+  // a row that sees nothing.
+  void begin_rows(int64_t first, int64_t step, int64_t given) {
+    count = given;
+    Vector query_zeros = {}, grad_zeros = {};  // NaN where a number is infinite or NaN
+    for (int64_t i = 0; i < round_up(given, kDepth<T>); ++i) {
+      T* query = queries + i * width;
+      T* grad_out = grad_outs + i * value_width;
+      Row& row = rows[i];
+      row = i < given ? Row(p, sequence, kv_head, first + i * step) : rows[i - 1];
+      const int64_t at = sequence.first_query + row.query;
+      const float lse = p.lse[(sequence.storage * p.query_heads + row.head) * p.query_length + at];
+      if (i == given || row.begin >= row.end || lse == -kInfinity) {
+        row.begin = row.end = i == 0 ? 0 : rows[i - 1].begin;  // from row to row begin never decreases
+        levels[i] = -kInfinity;
+        deltas[i] = 0.0f;
+        std::memset(query, 0, static_cast<size_t>(width) * sizeof(T));
+        std::memset(grad_out, 0, static_cast<size_t>(value_width) * sizeof(T));
+        continue;
+      }
+      levels[i] = -lse;
+      pack_row(static_cast<const scalar_t*>(p.query) + offset(row, p.query_strides), p.query_strides[3], p.head_dim,
+               width, query);
+      pack_row(static_cast<const scalar_t*>(p.grad_out) + offset(row, p.grad_out_strides), p.grad_out_strides[3],
+               p.value_dim, value_width, grad_out);
+      const scalar_t* out = static_cast<const scalar_t*>(p.out) + offset(row, p.out_strides);
+      for (int64_t d = 0; d < width; d += kLanes) {
+        query_zeros = query_zeros + load(query + d) * 0.0f;
+      }
+      Vector delta = {};
+      for (int64_t d = 0; d < value_width; d += kLanes) {
+        const Vector grad = load(grad_out + d);
+        grad_zeros = grad_zeros + grad * 0.0f;
+        delta = multiply_add(grad, read_vector(out + d * p.out_strides[3], p.out_strides[3], p.value_dim - d), delta);
+      }
+      deltas[i] = sum(delta);
+      if (p.grad_lse) {
+        deltas[i] -= p.grad_lse[sequence.storage * p.grad_lse_strides[0] + row.head * p.grad_lse_strides[1] +
+                                at * p.grad_lse_strides[2]];
+      }
+    }
+    queries_finite = sum(query_zeros) == 0.0f;
+    grad_outs_finite = sum(grad_zeros) == 0.0f;
+  }
+
+  int64_t offset(const Row& row, const int64_t (&strides)[4]) const {
+    return sequence.storage * strides[0] + row.head * strides[1] + (sequence.first_query + row.query) * strides[2];
+  }
+
+  // Once per head: all blocks of rows share it. Returns whether that was now.
+  bool pack_tile(int64_t tile) {
+    if (tile_states[tile] != 0) {
+      return false;
+    }
+    tile_states[tile] = 1;
+    const int64_t key = tile * kKeyBlock, count = most<int64_t>(least(kKeyBlock, last_key - key), 0);
+    pack_transposed(rows_from(keys, key), count, keys_transposed + tile * depth * kKeyBlock);
+    pack_transposed(rows_from(values, key), count, values_transposed + tile * value_depth * kKeyBlock);
+    return true;
+  }
+
+  static Rows<scalar_t> rows_from(Rows<scalar_t> all, int64_t first) {
+    all.data += first * all.row_stride;
+    return all;
+  }
+
+  // Weights and gradients of the scores of `number` rows from `first` on; kCapped: after the soft cap, as a mask is
+  // added there, else before it, as products query . key are. Returns the columns that were computed, in whole vectors;
+  // what is hidden among them is 0.
+  template <bool kCapped>
+  Range score_rows(int64_t tile, int64_t first, int64_t number) {
+    const int64_t key = tile * kKeyBlock;
+    const Range seen = visible_columns(rows + first, number, key);
+    if (seen.empty()) {
+      return {0, 0};
+    }
+    const Range columns = {seen.first / kLanes * kLanes, round_up(seen.last, kLanes)};
+    bool any_visible = !p.mask;
+    for (int64_t i = 0; p.mask && i < number; ++i) {
+      any_visible |= read_mask(p, sequence, rows[first + i], key, columns, bias + i * kKeyBlock);
+    }
+    if (!any_visible) {
+      return {0, 0};
+    }
+    const int64_t vectors = (columns.last - columns.first) / kLanes;
+    multiply<false>(
+        number, LeftOperand<T>{queries + first * width, width, kDepth<T>},
+        RightOperand<T>{keys_transposed + tile * depth * kKeyBlock + columns.first * kDepth<T>, kKeyBlock * kDepth<T>},
+        depth / kDepth<T>, vectors, weights + columns.first, kKeyBlock);
+    multiply<false>(number, LeftOperand<T>{grad_outs + first * value_width, value_width, kDepth<T>},
+                    RightOperand<T>{values_transposed + tile * value_depth * kKeyBlock + columns.first * kDepth<T>,
+                                    kKeyBlock * kDepth<T>},
+                    value_depth / kDepth<T>, vectors, grad_scores + columns.first, kKeyBlock);
+    const bool is_general = has_adjustments(p) || p.dropout_p != 0.0f;
+    for (int64_t i = 0; i < number; ++i) {
+      if (is_general) {
+        soften<true, kCapped>(key, columns, first + i, i);
+      } else {
+        soften<false, kCapped>(key, columns, first + i, i);
+      }
+      hide(visible_columns(rows[first + i], key), columns, weights + i * kKeyBlock, grad_scores + i * kKeyBlock);
+    }
+    return columns;
+  }
+
+  const AttentionBackwardParams& p;
+  const int64_t depth, value_depth, width, value_width;
+  Dropout dropout;
+
+  Sequence sequence{};
+  int64_t kv_head = 0, last_key = 0;
+  Rows<scalar_t> keys, values;
+  T* keys_transposed;    // (tiles, padded_depth(D) / kDepth, kKeyBlock, kDepth)
+  T* values_transposed;  // (tiles, padded_depth(Dv) / kDepth, kKeyBlock, kDepth)
+  uint8_t* tile_states;  // (tiles), 1: packed
+
+  int64_t count = 0;
+  bool queries_finite = true, grad_outs_finite = true;
+  Row* rows;      // (kBlockRows)
+  float* levels;  // (kBlockRows), what is added to the scores before exp: the weights sum to 1
+  float* deltas;  // (kBlockRows), what is subtracted from the weights' gradients
+  T* queries;     // (kBlockRows, width)
+  T* grad_outs;   // (kBlockRows, value_width)
+
+  float* weights;      // (kTileRows, kKeyBlock), with dropout
+  float* grad_scores;  // (kTileRows, kKeyBlock)
+
+ private:
+  // Turns products query . key into weights, and grad_out . value into the scores' gradients.
+  template <bool kGeneral, bool kCapped>
+  [[gnu::always_inline]] void soften(int64_t key, Range columns, int64_t row, int64_t i) {
+    constexpr int kDegree = kDepth<T> == 1 ? 5 : 4;
+    float* scores = weights + i * kKeyBlock;
+    float* grads = grad_scores + i * kKeyBlock;
+    if constexpr (kGeneral) {
+      adjust_scores(p, rows[row], key, columns, p.mask ? bias + i * kKeyBlock : nullptr, scores, cap_slopes);
+      if (p.dropout_p != 0.0f) {
+        for (int64_t k = 0; k < kKeyBlock; k += kLanes) {
+          store(kept + k, broadcast(dropout.scale));
+        }
+        dropout.drop(sequence, rows[row], key, kept);
+      }
+    }
+    const Vector level = broadcast(levels[row]), delta = broadcast(deltas[row]);
+    for (int64_t k = columns.first; k < columns.last; k += kLanes) {
+      const Vector score = load(scores + k);
+      const Vector exponent = kGeneral ? score + level : multiply_add(score, broadcast(p.scale), level);
+      Vector weight = exp2<kDegree>(exponent * broadcast(static_cast<float>(kLog2E)));
+      Vector grad = load(grads + k);
+      if constexpr (kGeneral) {
+        const Vector keep = p.dropout_p != 0.0f ? load(kept + k) : broadcast(1.0f);
+        grad = weight * multiply_add(grad, keep, Vector{} - delta);
+        if (!kCapped && p.softcap != 0.0f) {
+          grad = grad * load(cap_slopes + k);
+        }
+        grad = select(equal(score, broadcast(-kInfinity)), Vector{}, grad);
+        weight = weight * keep;
+      } else {
+        grad = weight * (grad - delta);
+      }
+      store(scores + k, weight);
+      store(grads + k, grad);
+    }
+  }
+
+  static void hide(Range visible, Range columns, float* weights, float* grads) {
+    for (int64_t k = columns.first; k < columns.last; k += kLanes) {
+      if (k < visible.first || k + kLanes > visible.last) {
+        const Mask inside = lanes_between(visible.first - k, visible.last - k);
+        store(weights + k, select(inside, load(weights + k), Vector{}));
+        store(grads + k, select(inside, load(grads + k), Vector{}));
+      }
+    }
+  }
+
+  float* bias;        // (kTileRows, kKeyBlock)
+  float* cap_slopes;  // (kKeyBlock), the derivative of the soft cap
+  float* kept;        // (kKeyBlock), what dropout multiplies weights with
+};
+
+}  // namespace gpt4fast::cpu::GPT4FAST_LEVEL
