@@ -26,4 +26,5 @@ STABLE_TORCH_LIBRARY(gpt4fast, m) {
   m.def(
       "affine_activation(Tensor input, Tensor? bias, Tensor? scale, Tensor? shift, str activation, "
       "float negative_slope) -> Tensor");
+  m.def("issue_rate_loop(bool bfloat16, int steps) -> int");
 }

@@ -9,7 +9,8 @@ import torch
 
 from .benchmarks import candidates, report, shapes
 from .benchmarks import peers as other_libraries
-from .benchmarks.harness import CpuTimer, CudaTimer, Monitor, measure, measure_ceilings, pinned_threads
+from .benchmarks.ceilings import measure_ceilings
+from .benchmarks.harness import CpuTimer, CudaTimer, Monitor, measure, pinned_threads
 
 OPS = tuple(shapes.CELLS)
 
@@ -69,9 +70,9 @@ def main(
 
     where = f"{origin['device']}" + (f", {used} threads" if device == "cpu" else "")
     report.print_table(rows, f"{op} on {where}", console)
-    rate = ", ".join(f"{str(d).removeprefix('torch.')} {r / 1e9:.0f} GFLOP/s" for d, r in ceilings.gemm.items())
+    rate = ", ".join(f"{str(d).removeprefix('torch.')} {r / 1e9:.0f} GFLOP/s" for d, r in ceilings.compute.items())
     console.print(
-        f"Ceilings of this run: matrix product {rate}; read {ceilings.cache_read / 1e9:.0f} GB/s up to "
+        f"Ceilings of this run: multiply-adds {rate}; read {ceilings.cache_read / 1e9:.0f} GB/s up to "
         f"{ceilings.cache_bytes / 2**20:.0f} MB, {ceilings.memory_read / 1e9:.0f} GB/s beyond.",
         highlight=False,
     )

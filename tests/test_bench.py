@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from gpt4fast.benchmarks import candidates, harness, report, shapes
-from gpt4fast.benchmarks.harness import Candidate, Ceilings, Timing
+from gpt4fast.benchmarks.ceilings import Ceilings
+from gpt4fast.benchmarks.harness import Candidate, Timing
 
 ONES = torch.ones(3)
 

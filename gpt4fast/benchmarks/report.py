@@ -14,7 +14,8 @@ import torch
 import gpt4fast
 
 from .candidates import BASELINE, SUBJECT
-from .harness import Ceilings, Timing, fastest_variants, percentiles
+from .ceilings import Ceilings
+from .harness import Timing, fastest_variants, percentiles
 from .shapes import AttentionCell, ConvTransposeCell
 
 # Ratios within this of 1 are ties: that much differs between runs of the same thing.
@@ -103,7 +104,7 @@ def make_rows(
 def write_json(path: Path, rows: Sequence[dict], ceilings: Ceilings) -> None:
     """{"ceilings": {…}, "rows": […]}; FLOP/s and bytes/s are in units of 1e9."""
     measured = {
-        "gemm_gflops": {str(dtype).removeprefix("torch."): rate / 1e9 for dtype, rate in ceilings.gemm.items()},
+        "compute_gflops": {str(dtype).removeprefix("torch."): rate / 1e9 for dtype, rate in ceilings.compute.items()},
         "cache_bytes": ceilings.cache_bytes,
         "cache_read_gb_s": ceilings.cache_read / 1e9,
         "memory_read_gb_s": ceilings.memory_read / 1e9,
