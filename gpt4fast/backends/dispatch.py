@@ -20,6 +20,7 @@ from . import native
 from .aten import attention as aten_attention
 from .aten import conv_transpose as aten_conv_transpose
 from .compiled import attention as compiled_attention
+from .compiled import attention_decode as compiled_attention_decode
 from .compiled import conv_transpose as compiled_conv_transpose
 from .reference import attention as reference_attention
 from .reference import conv_transpose as reference_conv_transpose
@@ -170,12 +171,6 @@ def _cuda_conv_transpose(call: dict) -> str | None:
 
 
 def _prefer_attention(call: dict) -> tuple[str, ...]:
-    if not call["query"].is_cpu or needs_grad(call["query"], call["key"], call["value"], call.get("attn_mask")):
-        return "torch", "reference"
-    return "native", "torch", "reference"
-
-
-def _prefer_attention_decode(call: dict) -> tuple[str, ...]:
     return ("native", "torch", "reference") if call["query"].is_cpu else ("torch", "reference")
 
 
@@ -216,11 +211,11 @@ ATTENTION_VARLEN = Op(
 ATTENTION_DECODE = Op(
     "attention_decode",
     {
-        "native": Candidate(partial(cached_attention, compiled_attention.attention), _native_attention_decode),
+        "native": Candidate(compiled_attention_decode.attention_decode, _native_attention_decode),
         "reference": Candidate(partial(cached_attention, reference_attention.attention), _never),
         "torch": Candidate(partial(cached_attention, aten_attention.attention), _torch_attention),
     },
-    _prefer_attention_decode,
+    _prefer_attention,
 )
 CONV_TRANSPOSE = Op(
     "conv_transpose",

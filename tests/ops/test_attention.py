@@ -13,7 +13,6 @@ from oracles import CPU_IMPLEMENTATIONS, available, naive_attention
 from torch.nn import functional as F
 
 import gpt4fast
-from gpt4fast.backends.reference import attention as reference
 
 IMPLEMENTATIONS = [
     pytest.param(name, marks=pytest.mark.skipif(not available(name), reason="not built"))
@@ -368,11 +367,12 @@ def test_opcheck(needs_native):
     settings = (None, 0.0, None, True, 0.3, 0, None, None, None, -1, -1, 0.0, None, None, None)
     everything = (mask, 0.2, torch.tensor([5]), True, 0.3, 0, offsets, offsets + 3, None, 4, 4, 2.0, slopes, None, None)
     starts = torch.tensor([0, 2, 5]), torch.tensor([0, 0, 7])
+    fused = torch.randn(2, 5, 3, 4, 9, requires_grad=True)[..., 1:].permute(2, 0, 3, 1, 4)  # gaps in storage
     for operands_, arguments_ in [
         ((query, key, value), settings),
         ((query, key, value), everything),
         ((query[:1], key[:1], value[:1]), (*settings[:-2], *starts)),
-        ([t.transpose(1, 2)[..., 1:] for t in (query, key, value)], settings),
+        (fused, settings),
     ]:
         torch.library.opcheck(forward, (*operands_, *arguments_))
 
@@ -446,29 +446,31 @@ def test_random_calls(call):
             torch.testing.assert_close(got.double(), lse, rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
-def test_backward_formula_equals_autograd(dropout_p):
-    """The explicit backward that the native kernel uses, against automatic differentiation of the reference."""
-    shape = (2, 4, 2, 5, 8, 6, 3)
-    query, key, value = operands(shape, torch.float64, requires_grad=True)
-    kwargs = arguments("all", shape, torch.float64)
-    mask, seed = kwargs["attn_mask"].requires_grad_(), torch.tensor([7])
-    rest = (
-        True,
-        0.7,
-        kwargs["query_offset"],
-        kwargs["kv_lengths"],
-        kwargs["kv_starts"],
-        (9, 4),
-        2.0,
-        kwargs["alibi_slopes"].expand(2, 4),
-    )
-    out, lse = reference.attention(query, key, value, mask, dropout_p, *rest, True, dropout_seed=seed)
-    grad_out, grad_lse = torch.randn_like(out), torch.randn_like(lse)
-    loss = (out * grad_out).sum() + (lse.masked_fill(lse == -math.inf, 0) * grad_lse).sum()
-    exact = torch.autograd.grad(loss, (query, key, value, mask))
-    got = reference.attention_backward(
-        grad_out, grad_lse, query, key, value, out, lse, mask, dropout_p, seed if dropout_p else None, *rest
-    )
-    for ours, truth in zip(got, exact, strict=True):
-        torch.testing.assert_close(ours, truth)
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_one_tensor_in_all_places(impl):
+    """Each place has a gradient of its own, and they add up: once."""
+    x = torch.randn(1, 2, 5, 8, requires_grad=True)
+    mask = torch.randn(5, 5, requires_grad=True)
+
+    def derivatives(x, mask, impl):
+        out = gpt4fast.attention(x, x, x, mask, impl=impl)
+        first = torch.autograd.grad(out.square().sum(), (x, mask), create_graph=True)
+        return [*first, *torch.autograd.grad(sum(g.square().sum() for g in first), (x, mask))]
+
+    exact = derivatives(x.detach().double().requires_grad_(), mask.detach().double().requires_grad_(), "reference")
+    for ours, truth in zip(derivatives(x, mask, impl), exact, strict=True):
+        assert (ours.double() - truth).abs().max() <= 1e-5 * max(1, truth.abs().max())
+
+
+def test_native_derivative_of_the_lse_alone(needs_native):
+    query, key, value = operands((1, 4, 2, 6, 9, 8, 8), torch.float32, requires_grad=True)
+
+    def derivatives(inputs, impl):
+        _, lse = gpt4fast.attention(*inputs, return_lse=True, impl=impl)
+        first = torch.autograd.grad(lse.square().sum(), inputs[:2], create_graph=True)
+        plain = torch.autograd.grad(lse.square().sum(), inputs[:2], retain_graph=True)
+        return [*first, *plain, *torch.autograd.grad(sum(g.square().sum() for g in first), inputs[:2])]
+
+    exact = derivatives([t.detach().double().requires_grad_() for t in (query, key, value)], "reference")
+    for ours, truth in zip(derivatives([query, key, value], "native"), exact, strict=True):
+        assert (ours.double() - truth).abs().max() <= 1e-5 * max(1, truth.abs().max())

@@ -114,7 +114,8 @@ class _TwiceDifferentiable(torch.autograd.Function):
             )
             return *grads, None, None, None, None
         if differentiable:
-            inputs = query, key, value, mask
+            # Views, since one tensor may be given in several places, each of which has a gradient of its own.
+            inputs = [None if t is None else t.view_as(t) for t in (query, key, value, mask)]
             out, _ = reference.attention(*inputs, 0.0, is_causal, scale, 0, None, None, None, 0.0, None, False)
         else:
             inputs, out = ctx.graph

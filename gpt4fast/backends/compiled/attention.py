@@ -6,12 +6,14 @@ sequences are the same op with ``cu_seqlens``: operands (1, H, total, D).
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from .. import native
 from ..reference import attention as reference
-from ..reference import attention_varlen as reference_varlen
+from ..reference.attention_varlen import attention_varlen as padded_attention
 from ..reference.dropout import draw_seed
 
 
@@ -114,29 +116,41 @@ def _backward(ctx, grad_out, grad_lse):
     query, key, value, out, lse, *tensors = ctx.saved_tensors
     settings = [s if t is None else t for s, t in zip(ctx.settings, tensors, strict=True)]
     attn_mask = settings[0]
-    needs_mask_grad = attn_mask is not None and ctx.needs_input_grad[3]
-    operands = torch.zeros_like(out) if grad_out is None else grad_out, grad_lse, query, key, value, out, lse
-    grads = _differentiable_backward(*operands, *settings)
-    return *grads[:3], grads[3].to(attn_mask.dtype) if needs_mask_grad else None, *(None,) * (len(settings) - 1)
+    if torch.is_grad_enabled():  # create_graph=True
+        grads = _differentiable_backward(ctx.needs_input_grad, grad_out, grad_lse, query, key, value, *settings)
+    else:
+        needs_mask_grad = attn_mask is not None and ctx.needs_input_grad[3]
+        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+        *grads, grad_mask = torch.ops.gpt4fast.attention_backward.default(
+            grad_out, grad_lse, query, key, value, out, lse, needs_mask_grad, *settings
+        )
+        grads.append(grad_mask.to(attn_mask.dtype) if needs_mask_grad else None)
+    return *grads, *(None,) * (len(settings) - 1)
 
 
 def _differentiable_backward(
-    grad_out, grad_lse, query, key, value, out, lse, attn_mask, dropout_p, seed, is_causal, scale, offset, offsets,
+    needed, grad_out, grad_lse, query, key, value, attn_mask, dropout_p, seed, is_causal, scale, offset, offsets,
     kv_lengths, kv_starts, left, right, softcap, slopes, cu_seqlens_q, cu_seqlens_k,
-):  # fmt: skip
-    offset = offset if offsets is None else offsets
+) -> list[Tensor | None]:  # fmt: skip
+    """The gradients of query, key, value and mask as functions that have gradients, from the reference."""
+    # Views, since one tensor may be given in several places, each of which has a gradient of its own.
+    inputs = [None if t is None else t.view_as(t) for t in (query, key, value, attn_mask)]
+    attend = partial(reference.attention, dropout_seed=seed)
+    settings = dropout_p, is_causal, scale, offset if offsets is None else offsets
     if cu_seqlens_q is None:
-        return reference.attention_backward(
-            grad_out, grad_lse, query, key, value, out, lse, attn_mask, dropout_p, seed, is_causal, scale, offset,
-            kv_lengths, kv_starts, (left, right), softcap, slopes,
-        )  # fmt: skip
-    packed = (
-        None if t is None else t.squeeze(0).transpose(0, 1) for t in (grad_out, grad_lse, query, key, value, out, lse)
-    )
-    grads = reference_varlen.attention_varlen_backward(
-        *packed, cu_seqlens_q, cu_seqlens_k, dropout_p, seed, is_causal, scale, offset, (left, right), softcap, slopes
-    )
-    return [grad.transpose(0, 1).unsqueeze(0) for grad in grads]
+        outputs = attend(*inputs, *settings, kv_lengths, kv_starts, (left, right), softcap, slopes, True)
+    else:
+        packed = (t.squeeze(0).transpose(0, 1) for t in inputs[:3])
+        longest = (int(cu_seqlens.diff().max()) for cu_seqlens in (cu_seqlens_q, cu_seqlens_k))
+        outputs = padded_attention(
+            attend, *packed, cu_seqlens_q, cu_seqlens_k, *longest, *settings, (left, right), softcap, slopes, True
+        )
+        outputs = [t.transpose(0, 1).unsqueeze(0) for t in outputs]
+    given = [(t, g) for t, g in zip(outputs, (grad_out, grad_lse), strict=True) if g is not None and t.requires_grad]
+    wanted = [t for t, is_needed in zip(inputs, needed, strict=False) if is_needed]
+    outputs, grads = [t for t, _ in given], [g for _, g in given]
+    grads = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True, allow_unused=True))
+    return [next(grads) if is_needed else None for is_needed in needed[:4]]
 
 
 class _Attention(torch.autograd.Function):

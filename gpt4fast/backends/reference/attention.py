@@ -96,26 +96,18 @@ def attention_scores(
     softcap: float,
     alibi_slopes: Tensor | None,
     visible: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
-    """Scores before softmax, (B, Hq, Lq, Lk), -inf where invisible, and tanh of the soft cap (None without one)."""
+) -> Tensor:
+    """Scores before softmax, (B, Hq, Lq, Lk), -inf where invisible."""
     scores = (query @ key.transpose(-2, -1)) * scale
-    capped = None
     if softcap:
-        capped = torch.tanh(scores / softcap)
-        scores = softcap * capped
+        scores = softcap * torch.tanh(scores / softcap)
     if attn_mask is not None and attn_mask.dtype != torch.bool:
         scores = scores + attn_mask.to(scores.dtype)
     if alibi_slopes is not None:
         scores = scores + alibi_bias(query, key, alibi_slopes.to(scores.dtype), query_offset)
     if visible is not None:
         scores = scores.masked_fill(~visible, -math.inf)
-    return scores, capped
-
-
-def kept_weights(seed: Tensor, probabilities: Tensor, dropout_p: float) -> Tensor:
-    """What dropout multiplies the weights (B, Hq, Lq, Lk) with: 0 or ``1 / (1 - dropout_p)``."""
-    kept = dropout.keep_mask(seed, tuple(probabilities.shape), dropout_p).to(probabilities.dtype)
-    return kept if dropout_p == 1 else kept / (1 - dropout_p)  # with p = 1 all are 0
+    return scores
 
 
 def attention(
@@ -143,7 +135,7 @@ def attention(
     if visible is not None:
         query, key, value, _ = hide_unseen(query, key, value, visible)
     key, value = expand_heads(key, query.shape[1]), expand_heads(value, query.shape[1])
-    scores, _ = attention_scores(query, key, attn_mask, scale, query_offset, softcap, alibi_slopes, visible)
+    scores = attention_scores(query, key, attn_mask, scale, query_offset, softcap, alibi_slopes, visible)
 
     if scores.shape[-1] == 0:  # no keys at all
         return (scores @ value).to(dtype), scores.new_full(scores.shape[:-1], -math.inf)
@@ -157,65 +149,7 @@ def attention(
     probabilities = weights / total
     if dropout_p:
         seed = dropout.draw_seed(query) if dropout_seed is None else dropout_seed
-        probabilities = probabilities * kept_weights(seed, probabilities, dropout_p)
+        kept = dropout.keep_mask(seed, tuple(probabilities.shape), dropout_p)
+        probabilities = (probabilities * kept) / (1 - dropout_p if dropout_p < 1 else 1)
     lse = (total.log() + peak).masked_fill(sees_nothing, -math.inf).squeeze(-1) if return_lse else None
     return (probabilities @ value).to(dtype), lse
-
-
-def attention_backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    attn_mask: Tensor | None,
-    dropout_p: float,
-    dropout_seed: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    query_offset: int | Tensor,
-    kv_lengths: Tensor | None,
-    kv_starts: Tensor | None,
-    window: tuple[int, int] | None,
-    softcap: float,
-    alibi_slopes: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of query, key, value and of a float mask (in its own shape and dtype), from the saved log-sum-exp.
-
-    The formula of FlashAttention-2 (Dao, 2023), appendix; written in differentiable operations, so that it can itself
-    be differentiated.
-    """
-    heads, kv_heads = query.shape[1], key.shape[1]
-    dtypes = [t.dtype for t in (query, key, value)]
-    visible = visible_keys(query, key, attn_mask, is_causal, query_offset, kv_lengths, kv_starts, window)
-    query, key, value, out, grad_out = (t.to(lse.dtype) for t in (query, key, value, out, grad_out))
-    sees_nothing = (lse == -math.inf).unsqueeze(-1)
-    if visible is not None:
-        query, key, value, _ = hide_unseen(query, key, value, visible)
-        grad_out = grad_out.masked_fill(sees_nothing, 0)
-    key, value = expand_heads(key, heads), expand_heads(value, heads)
-
-    scores, capped = attention_scores(query, key, attn_mask, scale, query_offset, softcap, alibi_slopes, visible)
-    probabilities = (scores - lse.unsqueeze(-1).masked_fill(sees_nothing, 0)).exp()
-    grad_probabilities = grad_out @ value.transpose(-2, -1)
-    dropped = probabilities
-    if dropout_p:
-        kept = kept_weights(dropout_seed, probabilities, dropout_p)
-        dropped, grad_probabilities = probabilities * kept, grad_probabilities * kept
-    grad_value = dropped.transpose(-2, -1) @ grad_out
-    row = (grad_out * out).sum(-1, keepdim=True)
-    if grad_lse is not None:
-        row = row - grad_lse.to(row.dtype).unsqueeze(-1).masked_fill(sees_nothing, 0)
-    grad_capped = probabilities * (grad_probabilities - row)
-    grad_scores = grad_capped if capped is None else grad_capped * (1 - capped * capped)
-    grad_query = grad_scores @ key * scale
-    grad_key = grad_scores.transpose(-2, -1) @ query * scale
-    if kv_heads != heads:
-        grad_key = grad_key.unflatten(1, (kv_heads, -1)).sum(2)
-        grad_value = grad_value.unflatten(1, (kv_heads, -1)).sum(2)
-    grads = [g.to(dtype) for g, dtype in zip((grad_query, grad_key, grad_value), dtypes, strict=True)]
-    if attn_mask is None or attn_mask.dtype == torch.bool:
-        return *grads, None
-    return *grads, grad_capped.sum_to_size(attn_mask.shape).to(attn_mask.dtype)

@@ -10,8 +10,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import attention as reference
-
 
 def attention_varlen(
     attend: Callable,
@@ -40,39 +38,6 @@ def attention_varlen(
         cu_seqlens_k.diff(), None, window, softcap, alibi_slopes, return_lse,
     )  # fmt: skip
     return pack(out, place_q), pack(lse, place_q) if return_lse else None
-
-
-def attention_varlen_backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    dropout_p: float,
-    dropout_seed: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    query_offset: int | Tensor,
-    window: tuple[int, int] | None,
-    softcap: float,
-    alibi_slopes: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the packed query, key and value, by ``reference.attention_backward``."""
-    place_q, place_k = places(cu_seqlens_q, query.shape[0]), places(cu_seqlens_k, key.shape[0])
-    lengths_k = cu_seqlens_k.diff()
-    batch, longest_q, longest_k = len(lengths_k), int(cu_seqlens_q.diff().max()), int(lengths_k.max())
-    grad_out, query, out, lse = (pad(t, place_q, batch, longest_q) for t in (grad_out, query, out, lse))
-    grad_lse = None if grad_lse is None else pad(grad_lse, place_q, batch, longest_q)
-    key, value = (pad(t, place_k, batch, longest_k) for t in (key, value))
-    grad_query, grad_key, grad_value, _ = reference.attention_backward(
-        grad_out, grad_lse, query, key, value, out, lse, None, dropout_p, dropout_seed, is_causal, scale, query_offset,
-        lengths_k, None, window, softcap, alibi_slopes,
-    )  # fmt: skip
-    return pack(grad_query, place_q), pack(grad_key, place_k), pack(grad_value, place_k)
 
 
 def places(cu_seqlens: Tensor, total: int) -> tuple[Tensor, Tensor]:
