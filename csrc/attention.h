@@ -38,7 +38,7 @@ struct AttentionParams {
   int64_t query_offset;  // position of query 0 among the keys
   int64_t window_left;   // -1: open
   int64_t window_right;  // -1: open
-  float dropout_p;       // 0: off
+  double dropout_p;  // 0: off
   uint64_t dropout_seed;
 };
 

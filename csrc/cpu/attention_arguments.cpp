@@ -161,7 +161,7 @@ void set_attention_params(const Tensor& query, const Tensor& key, const Tensor& 
   }
   STD_TORCH_CHECK(settings.dropout_p >= 0 && settings.dropout_p <= 1, "expected dropout_p in [0, 1], but it is ",
                   settings.dropout_p);
-  p.dropout_p = static_cast<float>(settings.dropout_p);
+  p.dropout_p = settings.dropout_p;
   if (settings.dropout_p > 0) {
     STD_TORCH_CHECK(settings.dropout_seed.has_value(), "expected dropout_seed with dropout_p");
     p.dropout_seed = static_cast<uint64_t>(*index_data(settings.dropout_seed, "dropout_seed", 1));

@@ -58,7 +58,7 @@ struct Plan {
 
 // What a task leaves for each of its rows.
 struct Sums {
-  float* maxima;  // (rows), of the scores times log2(e)
+  float* maxima;  // (rows), of the scores
   float* totals;  // (rows), of the weights relative to the maximum
   float* out;     // (rows, width)
 
@@ -165,7 +165,7 @@ class Kernel {
       float* const out = Sums(plan, sums_, first).out + i * plan.width;
       for (int64_t s = 0; s < count; ++s) {
         const Sums part(plan, sums_, first + s);
-        const float factor = exp2<5>(broadcast(part.maxima[i] - level))[0];
+        const float factor = exp2<5>(exponent_(broadcast(part.maxima[i]), broadcast(level)))[0];
         total += part.totals[i] * factor;
         for (int64_t d = 0; d < plan.width; d += kLanes) {
           const Vector before = s == 0 ? Vector{} : load(out + d);
@@ -180,7 +180,7 @@ class Kernel {
                          row.head * p.out_strides[1] + row.query * p.out_strides[2];
       store_row(out, p.value_dim, target, 1);
       float* lse = p.lse + (sequence.index * p.query_heads + row.head) * p.query_length + row.query;
-      *lse = total == 0.0f ? -kInfinity : static_cast<float>((maximum + __builtin_log2(total)) * kLn2);
+      *lse = total == 0.0f ? -kInfinity : exponent_.lse(maximum, total);
     }
   }
 
@@ -362,8 +362,8 @@ class Kernel {
     for (int64_t k = columns.first; k < columns.last; k += kLanes) {
       largest_lanes = maximum(largest_lanes, load(scores + k));
     }
-    raise_maximum(row, largest(largest_lanes) * exponent_.high, sums);
-    const Vector level = broadcast(sums.maxima[row] == -kInfinity ? 0.0f : -sums.maxima[row]);
+    raise_maximum(row, largest(largest_lanes), sums);
+    const Vector level = broadcast(sums.maxima[row] == -kInfinity ? 0.0f : sums.maxima[row]);
     Vector total = {};
     for (int64_t k = columns.first; k < columns.last; k += kLanes) {
       Vector weight = exp2<kDepth<T> == 1 ? 5 : 4>(exponent_(load(scores + k), level));
@@ -380,7 +380,7 @@ class Kernel {
 
   void raise_maximum(int64_t row, float maximum, const Sums& sums) const {
     if (maximum > sums.maxima[row]) {
-      const Vector rescale = exp2<5>(broadcast(sums.maxima[row] - maximum));
+      const Vector rescale = exp2<5>(exponent_(broadcast(sums.maxima[row]), broadcast(maximum)));
       sums.maxima[row] = maximum;
       sums.totals[row] *= rescale[0];
       for (int64_t d = 0; d < plan.width; d += kLanes) {

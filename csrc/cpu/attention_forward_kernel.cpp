@@ -44,7 +44,7 @@ struct Workspace {
   float* bias;      // (kTileRows, kKeyBlock)
   T* weights;       // (kTileRows, kKeyBlock); float32 weights replace the scores
   Row* rows;        // (block_rows)
-  float* maxima;    // (block_rows), of the scores times log2(e)
+  float* maxima;    // (block_rows), of the scores
   T* keys;          // (tiles, padded_depth(D) / kDepth, kKeyBlock, kDepth)
   T* values;        // (tiles, kKeyBlock / kDepth, padded_columns(Dv), kDepth)
   bool* is_packed;  // (tiles)
@@ -109,12 +109,11 @@ class Kernel {
   void compute(const Task& task) {
     begin_rows(task.sequence, task.kv_head, task.start, task.count);
     const Range tiles = visible_tiles(work.rows, task.count);
-    const bool is_general = has_adjustments(p) || p.dropout_p != 0.0f || p.scale <= 0.0f;
     for (int64_t tile = tiles.first; tile < tiles.last; ++tile) {
       pack(task.sequence, tile);
       for (int64_t row = 0; row < task.count; row += kTileRows) {
         prefetch_.step();
-        if (is_general) {
+        if (is_general_) {
           add_tile<true>(task.sequence, tile, row, least<int64_t>(kTileRows, task.count - row));
         } else {
           add_tile<false>(task.sequence, tile, row, least<int64_t>(kTileRows, task.count - row));
@@ -240,7 +239,7 @@ class Kernel {
         soften<kGeneral>(columns, first + i, scores);
       }
       if constexpr (kGeneral) {
-        if (p.dropout_p != 0.0f) {
+        if (p.dropout_p != 0.0) {
           dropout.drop(sequence, row, key, scores);
         }
       }
@@ -257,19 +256,17 @@ class Kernel {
   template <bool kGeneral>
   [[gnu::always_inline]] void soften(Range columns, int64_t row, float* scores) {
     constexpr int kDegree = kDepth<T> == 1 ? 5 : 4;
-    const Exponent& exponent = exponents[kGeneral];
     Vector largest_lanes = broadcast(-kInfinity);
     for (int64_t k = columns.first; k < columns.last; k += kLanes) {
       largest_lanes = maximum(largest_lanes, load(scores + k));
     }
-    largest_lanes = largest_lanes * exponent.high;
-    if (any(greater(largest_lanes, broadcast(work.maxima[row] + kSlack)))) {
+    if (any(greater(largest_lanes, broadcast(work.maxima[row] + kSlack / exponent_.high)))) {
       raise_maximum(row, largest(largest_lanes));
     }
-    const Vector level = broadcast(work.maxima[row] == -kInfinity ? 0.0f : -work.maxima[row]);
+    const Vector level = broadcast(work.maxima[row] == -kInfinity ? 0.0f : work.maxima[row]);
     Vector total = work.totals[row];
     for (int64_t k = columns.first; k < columns.last; k += kLanes) {
-      const Vector weight = exp2<kDegree>(exponent(load(scores + k), level));
+      const Vector weight = exp2<kDegree>(exponent_(load(scores + k), level));
       total = total + weight;
       store(scores + k, weight);
     }
@@ -282,7 +279,7 @@ class Kernel {
     if (before == -kInfinity) {
       return;  // nothing was summed yet
     }
-    const Vector rescale = exp2<5>(broadcast(before - maximum));
+    const Vector rescale = exp2<5>(exponent_(broadcast(before), broadcast(maximum)));
     work.totals[row] = work.totals[row] * rescale;
     const int64_t width = padded_columns(p.value_dim);
     for (float* out = work.out + row * width; out < work.out + (row + 1) * width; out += kLanes) {
@@ -299,12 +296,14 @@ class Kernel {
       return;
     }
     for (int64_t i = 0; i < count; ++i) {
-      for (int64_t k = keys.first; k < keys.last; ++k) {
-        const float weight = to_float(work.weights + i * kKeyBlock + k);
-        const scalar_t* value = values_.data + (tile * kKeyBlock + k) * values_.row_stride;
-        for (int64_t d = 0; weight != 0.0f && d < p.value_dim; ++d) {
-          out[i * width + d] += weight * to_float(value + d * values_.stride);
+      for (int64_t d = 0; d < p.value_dim; ++d) {
+        float total = 0.0f;
+        for (int64_t k = keys.first; k < keys.last; ++k) {
+          const float weight = to_float(work.weights + i * kKeyBlock + k);
+          const scalar_t* value = values_.data + (tile * kKeyBlock + k) * values_.row_stride + d * values_.stride;
+          total = weight != 0.0f ? total + weight * to_float(value) : total;
         }
+        out[i * width + d] += total;
       }
     }
   }
@@ -333,7 +332,7 @@ class Kernel {
       }
       finite = finite && sum(zeros) == 0.0f;
       float* lse = p.lse + (sequence.storage * p.query_heads + row.head) * p.query_length + query;
-      *lse = total == 0.0f ? -kInfinity : (work.maxima[i] + __builtin_log2f(total)) * static_cast<float>(kLn2);
+      *lse = total == 0.0f ? -kInfinity : exponent_.lse(work.maxima[i], total);
     }
     return finite;
   }
@@ -346,7 +345,8 @@ class Kernel {
   const AttentionForwardParams& p;
   Workspace<T> work;
   Dropout dropout;
-  Exponent exponents[2] = {Exponent(most(p.scale, 0.0f) * kLog2E), Exponent(kLog2E)};  // of products, of scores
+  const bool is_general_ = has_adjustments(p) || p.dropout_p != 0.0 || p.scale <= 0.0f;
+  const Exponent exponent_{is_general_ ? kLog2E : p.scale * kLog2E};
   Prefetch prefetch_;
   Task head_ = {{}, -1, 0, 0};  // whose keys and values are packed
   bool careful_ = false;        // leave out values of weight 0

@@ -81,21 +81,26 @@ inline void adjust_scores(const AttentionParams& p, const Row& row, int64_t key,
   }
 }
 
-// The factor, positive, that makes scores exponents of 2: log2(e), times the scale where scores are still products
-// query . key. In two floats, since the rounding of one would err by the score times 2^-25; both positive, so that a
-// score of -inf stays that.
+// Makes scores exponents of 2, relative to a maximum: the factor is log2(e), times the scale where scores are still
+// products query . key. It is positive, and in two floats, since the rounding of one would err by the score times
+// 2^-25. The maximum is taken away first: of equal scores, however large (a mask of -1e30), the exponent is 0.
 struct Exponent {
-  float high, low;
+  double factor;
+  float high, low;  // both positive, so that a score of -inf stays that
 
-  explicit Exponent(double factor) {
-    high = static_cast<float>(factor);
+  explicit Exponent(double positive) : factor(positive), high(static_cast<float>(positive)) {
     high = static_cast<double>(high) < factor ? high : __builtin_nextafterf(high, 0.0f);
     low = static_cast<float>(factor - static_cast<double>(high));
   }
 
-  // score * factor + level
-  Vector operator()(Vector score, Vector level) const {
-    return multiply_add(score, broadcast(high), multiply_add(score, broadcast(low), level));
+  Vector operator()(Vector score, Vector maximum) const {
+    const Vector below = score - maximum;
+    return multiply_add(below, broadcast(high), below * broadcast(low));
+  }
+
+  // Logarithm of the sum of exponentials, of which total is relative to maximum.
+  float lse(float maximum, float total) const {
+    return static_cast<float>((maximum * factor + static_cast<double>(__builtin_log2f(total))) * kLn2);
   }
 };
 
@@ -115,10 +120,10 @@ inline void hide_scores(Range visible, Range columns, float* scores) {
 class Dropout {
  public:
   explicit Dropout(const AttentionParams& p) : seed_(p.dropout_seed) {
-    const double threshold = static_cast<double>(p.dropout_p) * 4294967296.0;
+    const double threshold = p.dropout_p * 4294967296.0;
     none_kept_ = threshold >= 4294967296.0;
     threshold_ = none_kept_ ? 0 : static_cast<uint32_t>(threshold);
-    scale = none_kept_ ? 0.0f : 1.0f / (1.0f - p.dropout_p);
+    scale = none_kept_ ? 0.0f : static_cast<float>(1.0 / (1.0 - p.dropout_p));
   }
 
   float scale;  // of the weights that are kept
