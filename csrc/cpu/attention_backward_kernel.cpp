@@ -83,6 +83,7 @@ class Kernel : ScoreGradients<scalar_t> {
       std::memset(grad_keys + task.first_tile * kKeyBlock * width, 0, tile_keys * width * sizeof(float));
       std::memset(grad_values + task.first_tile * kKeyBlock * value_width, 0, tile_keys * value_width * sizeof(float));
     }
+    const bool is_general = has_adjustments(p) || p.dropout_p != 0.0f;
     for (int64_t row = task.first_row; row < task.last_row; row += kBlockRows) {
       this->begin_rows(row, 1, least(kBlockRows, task.last_row - row));
       if (task.gradient_of_keys) {
@@ -93,7 +94,11 @@ class Kernel : ScoreGradients<scalar_t> {
       const Range seen = visible_tiles(rows, count);
       for (int64_t tile = most(seen.first, task.first_tile); tile < least(seen.last, task.last_tile); ++tile) {
         pack(tile);
-        add_tile(task, tile);
+        if (is_general) {
+          add_tile<true>(task, tile);
+        } else {
+          add_tile<false>(task, tile);
+        }
       }
       if (task.gradient_of_queries) {
         write_queries();
@@ -120,9 +125,7 @@ class Kernel : ScoreGradients<scalar_t> {
           const Range seen = visible_tiles(rows, count);
           for (int64_t tile = most(seen.first, task.first_tile); tile < least(seen.last, task.last_tile); ++tile) {
             this->pack_tile(tile);
-            for (int64_t row = 0; row < count; row += kTileRows) {
-              add_mask(tile, row, least<int64_t>(kTileRows, count - row), has_row, has_key);
-            }
+            add_mask(tile, has_row, has_key);
           }
         }
       }
@@ -150,13 +153,18 @@ class Kernel : ScoreGradients<scalar_t> {
     }
   }
 
+  template <bool kGeneral>
   void add_tile(const AttentionBackwardTask& task, int64_t tile) {
     Range all = {kKeyBlock, 0};
     const int64_t padded = round_up(count, kDepth<T>);
     for (int64_t row = 0; row < padded; row += kTileRows) {
       const int64_t number = least<int64_t>(kTileRows, padded - row);
-      const Range columns = this->template score_rows<false>(tile, row, number);
-      keep_scores(row, number, columns);
+      const Range columns = this->template score_rows<kGeneral, false>(
+          tile, row, number, [this](int64_t row, int64_t k, const Vector* weights, const Vector* grads) {
+            keep_scores(row, k, weights, grads);
+          });
+      clear_scores(row, number, {0, columns.first});
+      clear_scores(row, number, {columns.last, kKeyBlock});
       if (!columns.empty()) {
         all = {least(all.first, columns.first), most(all.last, columns.last)};
         if (task.gradient_of_queries) {
@@ -169,27 +177,25 @@ class Kernel : ScoreGradients<scalar_t> {
     }
   }
 
-  // From the scratch of a few rows to that of the block, as products want them. Columns that were not computed are 0.
-  void keep_scores(int64_t row, int64_t number, Range columns) {
+  // One vector of each row of a pair, as products want them.
+  [[gnu::always_inline]] void keep_scores(int64_t row, int64_t k, const Vector* weights, const Vector* grads) {
+    T* weight_pair = weight_pairs + paired<T>(row, k, kKeyBlock);
+    T* grad_pair = grad_score_pairs + paired<T>(row, k, kKeyBlock);
+    if constexpr (kDepth<T> == 1) {
+      store(weight_pair, weights[0]);
+      store(grad_pair, grads[0]);
+    } else {
+      T* grad_row = grad_score_rows + row * kKeyBlock + k;
+      store_interleaved(weight_pair, weights[0], weights[1]);
+      store_interleaved(grad_pair, grad_row, grad_row + kKeyBlock, grads[0], grads[1]);
+    }
+  }
+
+  void clear_scores(int64_t row, int64_t number, Range columns) {
+    const Vector zeros[kDepth<T>] = {};
     for (int64_t i = 0; i < number; i += kDepth<T>) {
-      for (int64_t k = 0; k < kKeyBlock; k += kLanes) {
-        const bool is_zero = k < columns.first || k >= columns.last;
-        Vector weights[kDepth<T>], grads[kDepth<T>];
-        for (int64_t j = 0; j < kDepth<T>; ++j) {
-          weights[j] = is_zero ? Vector{} : load(this->weights + (i + j) * kKeyBlock + k);
-          grads[j] = is_zero ? Vector{} : load(this->grad_scores + (i + j) * kKeyBlock + k);
-        }
-        T* weight_pair = weight_pairs + paired<T>(row + i, k, kKeyBlock);
-        T* grad_pair = grad_score_pairs + paired<T>(row + i, k, kKeyBlock);
-        if constexpr (kDepth<T> == 1) {
-          store(weight_pair, weights[0]);
-          store(grad_pair, grads[0]);
-        } else {
-          store_interleaved(weight_pair, weights[0], weights[1]);
-          store_interleaved(grad_pair, grads[0], grads[1]);
-          store(grad_score_rows + (row + i) * kKeyBlock + k, grads[0]);
-          store(grad_score_rows + (row + i + 1) * kKeyBlock + k, grads[1]);
-        }
+      for (int64_t k = columns.first; k < columns.last; k += kLanes) {
+        keep_scores(row + i, k, zeros, zeros);
       }
     }
   }
@@ -274,17 +280,19 @@ class Kernel : ScoreGradients<scalar_t> {
     }
   }
 
-  void add_mask(int64_t tile, int64_t row, int64_t number, bool has_row, bool has_key) {
-    const Range columns = this->template score_rows<true>(tile, row, number);
-    for (int64_t i = 0; i < number; ++i) {
-      for (int64_t k = columns.first; k < columns.last; k += kLanes) {
-        const int64_t at = (has_row ? row + i : 0) * kKeyBlock + (has_key ? k : 0);
-        const Vector old = load(mask_sums + at);
-        const Vector addend = load(this->grad_scores + i * kKeyBlock + k) - load(mask_errors + at);
-        const Vector sum = old + addend;
-        store(mask_errors + at, (sum - old) - addend);
-        store(mask_sums + at, sum);
-      }
+  void add_mask(int64_t tile, bool has_row, bool has_key) {
+    const int64_t padded = round_up(count, kDepth<T>);
+    for (int64_t first = 0; first < padded; first += kTileRows) {
+      this->template score_rows<true, true>(
+          tile, first, least<int64_t>(kTileRows, padded - first),
+          [&](int64_t row, int64_t k, const Vector*, const Vector* grads) {
+            for (int64_t i = 0; i < kDepth<T>; ++i) {
+              const int64_t at = (has_row ? row + i : 0) * kKeyBlock + (has_key ? k : 0);
+              const Vector old = load(mask_sums + at), addend = grads[i] - load(mask_errors + at), sum = old + addend;
+              store(mask_errors + at, (sum - old) - addend);
+              store(mask_sums + at, sum);
+            }
+          });
     }
   }
 

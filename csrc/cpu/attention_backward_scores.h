@@ -63,11 +63,11 @@ class ScoreGradients {
     scratch.take(deltas, kBlockRows);
     scratch.take(queries, kBlockRows * width);
     scratch.take(grad_outs, kBlockRows * value_width);
-    scratch.take(weights, kTileRows * kKeyBlock);
-    scratch.take(grad_scores, kTileRows * kKeyBlock);
-    scratch.take(bias, kTileRows * kKeyBlock);
-    scratch.take(cap_slopes, kKeyBlock);
-    scratch.take(kept, kKeyBlock);
+    scratch.take(out, value_width);
+    float** const of_few_rows[] = {&products, &grad_products, &bias, &cap_slopes, &kept};
+    for (float** floats : of_few_rows) {
+      scratch.take(*floats, kTileRows * kKeyBlock);
+    }
     scratch.take(keys_transposed, tiles * depth * kKeyBlock);
     scratch.take(values_transposed, tiles * value_depth * kKeyBlock);
     scratch.take(tile_states, tiles);
@@ -114,7 +114,8 @@ class ScoreGradients {
                width, query);
       pack_row(static_cast<const scalar_t*>(p.grad_out) + offset(row, p.grad_out_strides), p.grad_out_strides[3],
                p.value_dim, value_width, grad_out);
-      const scalar_t* out = static_cast<const scalar_t*>(p.out) + offset(row, p.out_strides);
+      pack_row(static_cast<const scalar_t*>(p.out) + offset(row, p.out_strides), p.out_strides[3], p.value_dim,
+               value_width, out);
       for (int64_t d = 0; d < width; d += kLanes) {
         query_zeros = query_zeros + load(query + d) * 0.0f;
       }
@@ -122,7 +123,7 @@ class ScoreGradients {
       for (int64_t d = 0; d < value_width; d += kLanes) {
         const Vector grad = load(grad_out + d);
         grad_zeros = grad_zeros + grad * 0.0f;
-        delta = multiply_add(grad, read_vector(out + d * p.out_strides[3], p.out_strides[3], p.value_dim - d), delta);
+        delta = multiply_add(grad, load(out + d), delta);
       }
       deltas[i] = sum(delta);
       if (p.grad_lse) {
@@ -155,41 +156,43 @@ class ScoreGradients {
     return all;
   }
 
-  // Weights and gradients of the scores of `number` rows from `first` on; kCapped: after the soft cap, as a mask is
-  // added there, else before it, as products query . key are. Returns the columns that were computed, in whole vectors;
-  // what is hidden among them is 0.
-  template <bool kCapped>
-  Range score_rows(int64_t tile, int64_t first, int64_t number) {
+  // Computes weights, with dropout, and gradients of scores of `number` rows from `first` on, whole pairs, and calls
+  // emit(row, column, weights, grads) with a vector of each of a pair's rows. kCapped: gradients of the scores after
+  // the soft cap, where a mask is added, else of the products query . key but for the scale. Returns the columns
+  // computed, in whole vectors; what is hidden among them is 0.
+  template <bool kGeneral, bool kCapped, typename Emit>
+  Range score_rows(int64_t tile, int64_t first, int64_t number, Emit emit) {
     const int64_t key = tile * kKeyBlock;
     const Range seen = visible_columns(rows + first, number, key);
     if (seen.empty()) {
       return {0, 0};
     }
     const Range columns = {seen.first / kLanes * kLanes, round_up(seen.last, kLanes)};
-    bool any_visible = !p.mask;
-    for (int64_t i = 0; p.mask && i < number; ++i) {
-      any_visible |= read_mask(p, sequence, rows[first + i], key, columns, bias + i * kKeyBlock);
-    }
-    if (!any_visible) {
-      return {0, 0};
+    if constexpr (kGeneral) {
+      bool any_visible = !p.mask;
+      for (int64_t i = 0; p.mask && i < number; ++i) {
+        any_visible |= read_mask(p, sequence, rows[first + i], key, columns, bias + i * kKeyBlock);
+      }
+      if (!any_visible) {
+        return {0, 0};
+      }
     }
     const int64_t vectors = (columns.last - columns.first) / kLanes;
     multiply<false>(
         number, LeftOperand<T>{queries + first * width, width, kDepth<T>},
         RightOperand<T>{keys_transposed + tile * depth * kKeyBlock + columns.first * kDepth<T>, kKeyBlock * kDepth<T>},
-        depth / kDepth<T>, vectors, weights + columns.first, kKeyBlock);
+        depth / kDepth<T>, vectors, products + columns.first, kKeyBlock);
     multiply<false>(number, LeftOperand<T>{grad_outs + first * value_width, value_width, kDepth<T>},
                     RightOperand<T>{values_transposed + tile * value_depth * kKeyBlock + columns.first * kDepth<T>,
                                     kKeyBlock * kDepth<T>},
-                    value_depth / kDepth<T>, vectors, grad_scores + columns.first, kKeyBlock);
-    const bool is_general = has_adjustments(p) || p.dropout_p != 0.0f;
-    for (int64_t i = 0; i < number; ++i) {
-      if (is_general) {
-        soften<true, kCapped>(key, columns, first + i, i);
+                    value_depth / kDepth<T>, vectors, grad_products + columns.first, kKeyBlock);
+    const bool seen_by_all = all_see_all(rows + first, number, key);
+    for (int64_t i = 0; i < number; i += kDepth<T>) {
+      if (seen_by_all) {
+        soften<kGeneral, kCapped, true>(key, {0, kKeyBlock}, first, i, emit);
       } else {
-        soften<false, kCapped>(key, columns, first + i, i);
+        soften<kGeneral, kCapped, false>(key, columns, first, i, emit);
       }
-      hide(visible_columns(rows[first + i], key), columns, weights + i * kKeyBlock, grad_scores + i * kKeyBlock);
     }
     return columns;
   }
@@ -212,61 +215,69 @@ class ScoreGradients {
   float* deltas;  // (kBlockRows), what is subtracted from the weights' gradients
   T* queries;     // (kBlockRows, width)
   T* grad_outs;   // (kBlockRows, value_width)
-
-  float* weights;      // (kTileRows, kKeyBlock), with dropout
-  float* grad_scores;  // (kTileRows, kKeyBlock)
+  T* out;         // (value_width), of the row at hand
 
  private:
-  // Turns products query . key into weights, and grad_out . value into the scores' gradients.
-  template <bool kGeneral, bool kCapped>
-  [[gnu::always_inline]] void soften(int64_t key, Range columns, int64_t row, int64_t i) {
+  // Turns products query . key into weights, and products grad_out . value into the scores' gradients.
+  template <bool kGeneral, bool kCapped, bool kAllVisible, typename Emit>
+  [[gnu::always_inline]] void soften(int64_t key, Range columns, int64_t first, int64_t i, Emit emit) {
     constexpr int kDegree = kDepth<T> == 1 ? 5 : 4;
-    float* scores = weights + i * kKeyBlock;
-    float* grads = grad_scores + i * kKeyBlock;
-    if constexpr (kGeneral) {
-      adjust_scores(p, rows[row], key, columns, p.mask ? bias + i * kKeyBlock : nullptr, scores, cap_slopes);
-      if (p.dropout_p != 0.0f) {
-        for (int64_t k = 0; k < kKeyBlock; k += kLanes) {
-          store(kept + k, broadcast(dropout.scale));
-        }
-        dropout.drop(sequence, rows[row], key, kept);
-      }
-    }
-    const Vector level = broadcast(levels[row]), delta = broadcast(deltas[row]);
-    for (int64_t k = columns.first; k < columns.last; k += kLanes) {
-      const Vector score = load(scores + k);
-      const Vector exponent = kGeneral ? score + level : multiply_add(score, broadcast(p.scale), level);
-      Vector weight = exp2<kDegree>(exponent * broadcast(static_cast<float>(kLog2E)));
-      Vector grad = load(grads + k);
+    Vector level[kDepth<T>], delta[kDepth<T>];
+    Range visible[kDepth<T>];
+    for (int64_t j = 0; j < kDepth<T>; ++j) {
+      const Row& row = rows[first + i + j];
+      level[j] = broadcast(levels[first + i + j]);
+      delta[j] = broadcast(deltas[first + i + j]);
+      visible[j] = visible_columns(row, key);
       if constexpr (kGeneral) {
-        const Vector keep = p.dropout_p != 0.0f ? load(kept + k) : broadcast(1.0f);
-        grad = weight * multiply_add(grad, keep, Vector{} - delta);
-        if (!kCapped && p.softcap != 0.0f) {
-          grad = grad * load(cap_slopes + k);
+        const int64_t at = (i + j) * kKeyBlock;
+        adjust_scores(p, row, key, columns, p.mask ? bias + at : nullptr, products + at, cap_slopes + at);
+        if (p.dropout_p != 0.0f) {
+          for (int64_t k = 0; k < kKeyBlock; k += kLanes) {
+            store(kept + at + k, broadcast(dropout.scale));
+          }
+          dropout.drop(sequence, row, key, kept + at);
         }
-        grad = select(equal(score, broadcast(-kInfinity)), Vector{}, grad);
-        weight = weight * keep;
-      } else {
-        grad = weight * (grad - delta);
       }
-      store(scores + k, weight);
-      store(grads + k, grad);
     }
-  }
-
-  static void hide(Range visible, Range columns, float* weights, float* grads) {
     for (int64_t k = columns.first; k < columns.last; k += kLanes) {
-      if (k < visible.first || k + kLanes > visible.last) {
-        const Mask inside = lanes_between(visible.first - k, visible.last - k);
-        store(weights + k, select(inside, load(weights + k), Vector{}));
-        store(grads + k, select(inside, load(grads + k), Vector{}));
+      Vector weights[kDepth<T>], grads[kDepth<T>];
+#pragma GCC unroll 2
+      for (int64_t j = 0; j < kDepth<T>; ++j) {
+        const int64_t at = (i + j) * kKeyBlock + k;
+        const Vector score = load(products + at);
+        const Vector exponent = kGeneral ? score + level[j] : multiply_add(score, broadcast(p.scale), level[j]);
+        Vector weight = exp2<kDegree>(exponent * broadcast(static_cast<float>(kLog2E)));
+        Vector grad = load(grad_products + at);
+        if constexpr (kGeneral) {
+          const Vector keep = p.dropout_p != 0.0f ? load(kept + at) : broadcast(1.0f);
+          grad = weight * multiply_add(grad, keep, Vector{} - delta[j]);
+          if (!kCapped && p.softcap != 0.0f) {
+            grad = grad * load(cap_slopes + at);
+          }
+          grad = select(equal(score, broadcast(-kInfinity)), Vector{}, grad);
+          weight = weight * keep;
+        } else {
+          grad = weight * (grad - delta[j]);
+        }
+        if (!kAllVisible && (k < visible[j].first || k + kLanes > visible[j].last)) {
+          const Mask inside = lanes_between(visible[j].first - k, visible[j].last - k);
+          weight = select(inside, weight, Vector{});
+          grad = select(inside, grad, Vector{});
+        }
+        weights[j] = weight;
+        grads[j] = grad;
       }
+      emit(first + i, k, weights, grads);
     }
   }
 
-  float* bias;        // (kTileRows, kKeyBlock)
-  float* cap_slopes;  // (kKeyBlock), the derivative of the soft cap
-  float* kept;        // (kKeyBlock), what dropout multiplies weights with
+  // Of a few rows, (kTileRows, kKeyBlock):
+  float* products;       // query . key, then scores
+  float* grad_products;  // grad_out . value
+  float* bias;
+  float* cap_slopes;  // the derivative of the soft cap
+  float* kept;        // what dropout multiplies weights with
 };
 
 }  // namespace gpt4fast::cpu::GPT4FAST_LEVEL

@@ -32,18 +32,15 @@ inline constexpr int64_t padded_columns(int64_t columns) {
   return round_up(columns, kLanes);
 }
 
-// Copies a row and fills up with zeros to width.
+// Copies a row and fills up with zeros to width. Rows are short: calls of memcpy would take longer than the copy.
 template <typename T, typename scalar_t>
 inline void pack_row(const scalar_t* source, int64_t stride, int64_t count, int64_t width, T* target) {
   int64_t i = 0;
-  if (stride == 1) {
+  for (; stride == 1 && i + kLanes <= count; i += kLanes) {
     if constexpr (sizeof(T) == sizeof(scalar_t)) {
-      std::memcpy(target, source, static_cast<size_t>(count) * sizeof(T));
-      i = count;
+      std::memcpy(target + i, source + i, kLanes * sizeof(T));
     } else {
-      for (; i + kLanes <= count; i += kLanes) {
-        store(target + i, load(source + i));
-      }
+      store(target + i, load(source + i));
     }
   }
   for (; i < count; ++i) {
@@ -53,7 +50,9 @@ inline void pack_row(const scalar_t* source, int64_t stride, int64_t count, int6
       target[i] = to_float(source + i * stride);
     }
   }
-  std::memset(target + count, 0, static_cast<size_t>(width - count) * sizeof(T));
+  for (; i < width; ++i) {
+    target[i] = T{};
+  }
 }
 
 // Left operand: rows as they are, (count, padded_depth).

@@ -51,8 +51,8 @@ struct Row {
 
   Row(const AttentionParams& p, const Sequence& sequence, int64_t kv_head, int64_t index) {
     const int64_t group = p.query_heads / p.kv_heads;
-    query = index / group;
-    head = kv_head * group + index % group;
+    query = group == 1 ? index : index / group;  // a division takes as long as the rest
+    head = kv_head * group + index - query * group;
     position = query + sequence.offset;
     begin = sequence.begin;
     end = sequence.end;

@@ -73,7 +73,7 @@ template <int kRows, int kVectors, bool kAdd, typename T>
   for (int row = 0; row < kRows; ++row) {
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
-      sums[row][v] = kAdd ? load(c + row * c_row + v * kLanes) : Vector{};
+      sums[row][v] = Vector{};
     }
   }
   for (int64_t step = 0; step < steps; ++step) {
@@ -95,7 +95,8 @@ template <int kRows, int kVectors, bool kAdd, typename T>
   for (int row = 0; row < kRows; ++row) {
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
-      store(c + row * c_row + v * kLanes, sums[row][v]);
+      float* to = c + row * c_row + v * kLanes;
+      store(to, kAdd ? load(to) + sums[row][v] : sums[row][v]);
     }
   }
 }
@@ -123,7 +124,8 @@ void multiply_columns(LeftOperand<T> a, RightOperand<T> b, int64_t steps, int64_
   }
 }
 
-// C (rows <= kTileRows, vectors * kLanes columns) = or, with kAdd, += A @ B over steps * kDepth of depth.
+// C (rows <= kTileRows, vectors * kLanes columns) = or, with kAdd, += A @ B over steps * kDepth of depth. The product is
+// summed by itself and then added: rounding errors grow with the number of tiles instead of that of their rows.
 template <bool kAdd, typename T>
 void multiply(int64_t rows, LeftOperand<T> a, RightOperand<T> b, int64_t steps, int64_t vectors, float* c,
               int64_t c_row) {

@@ -32,11 +32,24 @@ inline void store_rounded(BFloat16* target, Vector low, Vector high) {
   _mm512_storeu_si512(target, (__m512i)_mm512_cvtne2ps_pbh(high, low));
 }
 
-// low[0], high[0], low[1], high[1], ... rounded to bfloat16: pairs along the rows that low and high are.
+// low[0], high[0], low[1], high[1], ... of 16 + 16 numbers: pairs along the rows that low and high are.
+inline __m512i interleave(__m512i low_high) {
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return _mm512_permutexvar_epi16(order, low_high);
+}
+
+// Sixteen numbers each of two rows, rounded to bfloat16, interleaved.
 inline void store_interleaved(BFloat16* target, Vector low, Vector high) {
-  const __m512i a = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(low));
-  const __m512i b = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(high));
-  _mm512_storeu_si512(target, _mm512_or_si512(a, _mm512_slli_epi32(b, 16)));
+  _mm512_storeu_si512(target, interleave((__m512i)_mm512_cvtne2ps_pbh(high, low)));
+}
+
+// The same, and also the rows themselves.
+inline void store_interleaved(BFloat16* target, BFloat16* low_row, BFloat16* high_row, Vector low, Vector high) {
+  const __m512i rows = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+  _mm512_storeu_si512(target, interleave(rows));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(low_row), _mm512_castsi512_si256(rows));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(high_row), _mm512_extracti64x4_epi64(rows, 1));
 }
 
 // The same for sixteen numbers each of two rows in memory.
