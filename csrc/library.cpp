@@ -9,7 +9,7 @@ STABLE_TORCH_LIBRARY(gpt4fast, m) {
   "Tensor? query_offsets, Tensor? kv_lengths, Tensor? kv_starts, SymInt window_left, SymInt window_right, "      \
   "float softcap, Tensor? alibi_slopes, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k"
   m.def("attention_forward(Tensor query, Tensor key, Tensor value, " ATTENTION_SETTINGS
-        ") -> (Tensor out, Tensor lse)");
+        ", bool heads_first=False) -> (Tensor out, Tensor lse)");
   m.def(
       "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, "
       "Tensor lse, bool needs_mask_grad, " ATTENTION_SETTINGS

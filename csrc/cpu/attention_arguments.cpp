@@ -185,9 +185,13 @@ int64_t threads_for(double multiplications) {
   return std::clamp<int64_t>(worth, 1, torch::stable::get_num_threads());
 }
 
-Tensor empty_by_length(const Tensor& like, int64_t batch, int64_t heads, int64_t length, int64_t dim) {
-  return torch::stable::transpose(torch::stable::new_empty(like, {batch, length, heads, dim}, like.scalar_type()), 1,
-                                  2);
+Tensor empty_result(const Tensor& query, int64_t value_dim, bool heads_first) {
+  const int64_t batch = query.size(0), heads = query.size(1), length = query.size(2);
+  if (heads_first) {
+    return torch::stable::new_empty(query, {batch, heads, length, value_dim}, query.scalar_type());
+  }
+  const Tensor by_length = torch::stable::new_empty(query, {batch, length, heads, value_dim}, query.scalar_type());
+  return torch::stable::transpose(by_length, 1, 2);
 }
 
 }  // namespace gpt4fast::cpu

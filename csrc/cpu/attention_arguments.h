@@ -42,10 +42,9 @@ const int64_t* index_data(const std::optional<torch::stable::Tensor>& index, con
 // Threads worth waking for this many multiplications: one for each ten microseconds.
 int64_t threads_for(double multiplications);
 
-// An uninitialised tensor (batch, heads, length, dim) that lies in memory as (batch, length, heads, dim), like the
-// result of torch's own attention on a CPU.
-torch::stable::Tensor empty_by_length(const torch::stable::Tensor& like, int64_t batch, int64_t heads, int64_t length,
-                                      int64_t dim);
+// An uninitialised result of attention, (batch, heads, queries, value_dim): heads_first in memory, or queries first, so
+// that a model needs no copy to merge its heads.
+torch::stable::Tensor empty_result(const torch::stable::Tensor& query, int64_t value_dim, bool heads_first);
 
 template <size_t kCount>
 void copy_strides(const torch::stable::Tensor& tensor, int64_t (&strides)[kCount]) {

@@ -190,7 +190,7 @@ std::tuple<Tensor, Tensor> decode(const Tensor& query, const Tensor& key_cache, 
   p.scale = static_cast<float>(scale);
   p.softcap = static_cast<float>(softcap);
 
-  const Tensor out = empty_by_length(query, p.batch, p.query_heads, p.query_length, p.value_dim);
+  const Tensor out = empty_result(query, p.value_dim, false);
   const Tensor lse = torch::stable::new_empty(query, {p.batch, p.query_heads, p.query_length}, ScalarType::Float);
   p.out = out.mutable_data_ptr();
   copy_strides(out, p.out_strides);

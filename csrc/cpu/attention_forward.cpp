@@ -24,13 +24,13 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const
                                    bool is_causal, double scale, int64_t query_offset, const Optional& query_offsets,
                                    const Optional& kv_lengths, const Optional& kv_starts, int64_t window_left,
                                    int64_t window_right, double softcap, const Optional& alibi_slopes,
-                                   const Optional& cu_seqlens_q, const Optional& cu_seqlens_k) {
+                                   const Optional& cu_seqlens_q, const Optional& cu_seqlens_k, bool heads_first) {
   AttentionForwardParams p{};
   set_attention_params(query, key, value,
                        {attn_mask, dropout_p, dropout_seed, is_causal, scale, query_offset, query_offsets, kv_lengths,
                         kv_starts, window_left, window_right, softcap, alibi_slopes, cu_seqlens_q, cu_seqlens_k},
                        p);
-  const Tensor out = empty_by_length(query, query.size(0), p.query_heads, p.query_length, p.value_dim);
+  const Tensor out = empty_result(query, p.value_dim, heads_first);
   const Tensor lse = torch::stable::new_empty(query, {query.size(0), p.query_heads, p.query_length}, ScalarType::Float);
   p.out = out.mutable_data_ptr();
   copy_strides(out, p.out_strides);

@@ -160,7 +160,7 @@ class Case:
         inputs = (*self.contents(caches, options), self.offsets, self.ends)
         expected, expected_lse = definition(query, *inputs, **rules)
         plain, _ = definition(query.to(self.dtype), *inputs, dtype=self.dtype, **rules)
-        assert out.dtype == self.dtype and out.shape == expected.shape and out.transpose(1, 2).is_contiguous()
+        assert out.dtype == self.dtype and out.shape == expected.shape
         assert lse.dtype == torch.float32 and lse.shape == expected_lse.shape
         error = (out.double() - expected).norm().item()
         # One rounding of the result on top, for inputs so small that torch happens to be exact.

@@ -52,12 +52,12 @@ def assert_same(torchs: nn.Module, ours: nn.Module, x: torch.Tensor) -> None:
     """Output, its layout, and the gradients of the input and every parameter."""
     x = x.requires_grad_()
     expected, out = torchs(x), ours(x)
-    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=5e-5)
     assert out.stride() == expected.stride()
     probe = torch.randn_like(expected)
     theirs = torch.autograd.grad(expected, [x, *torchs.parameters()], probe)
     mine = torch.autograd.grad(out, [x, *ours.parameters()], probe)
-    torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=5e-4)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -76,6 +76,7 @@ def _run(
         query, key, value, attn_mask, dropout_p, draw_seed(query) if dropout_p else None, is_causal, scale, offset,
         as_index(offsets), as_index(kv_lengths), as_index(kv_starts), left, right, softcap, as_float32(alibi_slopes),
         as_index(cu_seqlens_q), as_index(cu_seqlens_k),
+        query.stride(1) >= query.stride(2),  # the result lies in memory like the query, as torch's does
     )  # fmt: skip
     if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
         return torch.ops.gpt4fast.attention_forward.default(*inputs)
@@ -93,10 +94,18 @@ def as_float32(values: Tensor | None) -> Tensor | None:
     return None if values is None else values.to(torch.float32)
 
 
-def fake_forward(query, key, value, *_):
+def empty_results(query: Tensor, value: Tensor, heads_first: bool = False) -> tuple[Tensor, Tensor]:
+    """What the ops return, uninitialised: queries first in memory, or heads."""
     batch, heads, length, _ = query.shape
-    out = query.new_empty(batch, length, heads, value.shape[3]).transpose(1, 2)
+    if heads_first:
+        out = query.new_empty(batch, heads, length, value.shape[3])
+    else:
+        out = query.new_empty(batch, length, heads, value.shape[3]).transpose(1, 2)
     return out, query.new_empty(batch, heads, length, dtype=torch.float32)
+
+
+def _fake_forward(query, key, value, *settings):
+    return empty_results(query, value, settings[-1] is True)
 
 
 def _fake_backward(grad_out, grad_lse, query, key, value, out, lse, needs_mask_grad, attn_mask, *_):
@@ -114,7 +123,7 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad_out, grad_lse):
     query, key, value, out, lse, *tensors = ctx.saved_tensors
-    settings = [s if t is None else t for s, t in zip(ctx.settings, tensors, strict=True)]
+    *settings, _ = [s if t is None else t for s, t in zip(ctx.settings, tensors, strict=True)]
     attn_mask = settings[0]
     if torch.is_grad_enabled():  # create_graph=True
         grads = _differentiable_backward(ctx.needs_input_grad, grad_out, grad_lse, query, key, value, *settings)
@@ -125,7 +134,7 @@ def _backward(ctx, grad_out, grad_lse):
             grad_out, grad_lse, query, key, value, out, lse, needs_mask_grad, *settings
         )
         grads.append(grad_mask.to(attn_mask.dtype) if needs_mask_grad else None)
-    return *grads, *(None,) * (len(settings) - 1)
+    return *grads, *(None,) * len(settings)
 
 
 def _differentiable_backward(
@@ -172,6 +181,6 @@ class _Attention(torch.autograd.Function):
 
 native.load()
 if native.cpu_library_error() is None:
-    torch.library.register_fake("gpt4fast::attention_forward", fake_forward)
+    torch.library.register_fake("gpt4fast::attention_forward", _fake_forward)
     torch.library.register_fake("gpt4fast::attention_backward", _fake_backward)
     torch.library.register_autograd("gpt4fast::attention_forward", _backward, setup_context=_setup_context)
