@@ -1,127 +1,24 @@
 // Attention of a few queries over a cache (flash decoding: Dao et al., 2023), bound by reading the cache. All query
-// rows that share a key/value head form one matrix. A head's keys are split into tasks, whose number depends on the
-// arguments but not on the threads; each task appends the new tokens that fall to it, runs through its keys in tiles
-// with a running maximum and leaves unnormalised sums, and the last task of a head combines them in order. Compiled
-// once per CPU level.
+// rows that share a key/value head form one matrix. A head's keys are split into tasks; each appends the new tokens
+// that fall to it, runs through its keys in tiles with a running maximum, and leaves unnormalised sums, which the last
+// task of a head combines in order. Compiled once per CPU level.
 #include "../attention.h"
 
 #include "attention_append.h"
+#include "attention_decode_plan.h"
 #include "attention_decode_products.h"
-#include "attention_rows.h"
 #include "attention_scores.h"
 
 namespace gpt4fast::cpu::GPT4FAST_LEVEL {
 namespace {
 
-constexpr int64_t kTile = 128;                  // keys
-constexpr int64_t kBlockRows = 32;              // query rows whose scores of a tile stay in L1
-constexpr int64_t kScoresRow = kTile + kLanes;  // one vector of zeros behind a row's weights
-
-// The keys of a sequence that its queries see, and those that are appended.
-Range touched_keys(const AttentionDecodeParams& p, const Sequence& sequence) {
-  const Row first(p, sequence, 0, 0), last(p, sequence, 0, p.query_length * (p.query_heads / p.kv_heads) - 1);
-  Range keys = {first.begin, most(first.begin, last.end)};
-  if (p.new_key) {
-    keys = keys.empty() ? Range{sequence.offset, sequence.offset} : keys;
-    keys = {least(keys.first, sequence.offset), most(keys.last, sequence.offset + p.query_length)};
-  }
-  return keys;
-}
-
-// How the work is cut.
-struct Plan {
-  int64_t rows;   // query rows of a key/value head
-  int64_t width;  // of a row of sums
-  int64_t split;  // keys of a task
-  int64_t tasks = 0;
-
-  explicit Plan(const AttentionDecodeParams& p) {
-    rows = p.query_length * (p.query_heads / p.kv_heads);
-    width = round_up(p.value_dim, 2 * kLanes);
-    int64_t keys = 0;
-    for (int64_t b = 0; b < p.batch; ++b) {
-      const Range touched = touched_keys(p, Sequence(p, b));
-      keys += touched.last - touched.first;
-    }
-    // At most some 128 tasks besides one for each head. The sums take at most half a number for each number of a key
-    // and value: with many rows, tasks have more keys.
-    split = most(most(2 * kTile, 8 * rows), keys * p.kv_heads / 128);
-    split = round_up(split, kTile);
-    for (int64_t b = 0; b < p.batch; ++b) {
-      tasks += p.kv_heads * splits(touched_keys(p, Sequence(p, b)));
-    }
-  }
-
-  int64_t splits(Range keys) const { return most<int64_t>(1, (keys.last - keys.first + split - 1) / split); }
-  int64_t sums_size() const { return round_up(rows * (2 + width), 16); }
-};
-
-// What a task leaves for each of its rows.
-struct Sums {
-  float* maxima;  // (rows), of the scores
-  float* totals;  // (rows), of the weights relative to the maximum
-  float* out;     // (rows, width)
-
-  Sums(const Plan& plan, void* memory, int64_t task)
-      : maxima(static_cast<float*>(memory) + task * plan.sums_size() + plan.rows * plan.width),
-        totals(maxima + plan.rows),
-        out(maxima - plan.rows * plan.width) {}
-};
-
-// Scratch memory of one thread. T is what products are made of.
-template <typename T, typename cache_t>
-struct Workspace {
-  T* queries;            // (kBlockRows, depth)
-  float* scores;         // (kBlockRows, kScoresRow)
-  T* weights;            // (kBlockRows, kScoresRow); float32 weights replace the scores
-  float* row;            // one query or new token
-  Row* rows;             // (kBlockRows)
-  Range* visible;        // (kBlockRows), within the tile
-  const cache_t** keys;  // (kTile) addresses, the last one repeated behind the end
-  const cache_t** values;
-  const cache_t** ahead;  // the keys of the next tile
-  float* key_scales;      // (kTile)
-  float* value_scales;
-  cache_t* key_copies;  // (kTile, D) where the numbers of a key are no neighbours, else nothing
-  cache_t* value_copies;
-  int64_t bytes = 0;
-
-  Workspace(const AttentionDecodeParams& p, void* memory) : base_(static_cast<char*>(memory)) {
-    take(queries, kBlockRows * padded_depth(p.head_dim));
-    take(scores, kBlockRows * kScoresRow);
-    if constexpr (kDepth<T> == 1) {
-      weights = scores;
-    } else {
-      take(weights, kBlockRows * kScoresRow);
-    }
-    take(row, most(p.head_dim, p.value_dim));
-    take(rows, kBlockRows);
-    take(visible, kBlockRows);
-    take(keys, kTile);
-    take(values, kTile);
-    take(ahead, kTile);
-    take(key_scales, kTile);
-    take(value_scales, kTile);
-    take(key_copies, p.key_strides[3] == 1 ? 0 : kTile * p.head_dim);
-    take(value_copies, p.value_strides[3] == 1 ? 0 : kTile * p.value_dim);
-  }
-
-  static int64_t padded_depth(int64_t depth) { return round_up(depth, kLanes * kDepth<T>); }
-
- private:
-  template <typename Item>
-  void take(Item*& pointer, int64_t count) {
-    pointer = reinterpret_cast<Item*>(base_ + bytes);
-    bytes += round_up(count * static_cast<int64_t>(sizeof(Item)), 64);
-  }
-
-  char* base_;
-};
+constexpr int64_t kBytesAhead = 8192;  // of a cache that are fetched before they are needed
 
 template <typename scalar_t, typename cache_t>
 class Kernel {
   using T = Compute<cache_t>;
-  using Scratch = Workspace<T, cache_t>;
+  using Head = CacheHead<const cache_t>;
+  static constexpr bool kIsQuantized = sizeof(cache_t) == 1;
 
  public:
   Kernel(const AttentionDecodeParams& params, const Plan& cut, void* all_sums, void* memory)
@@ -136,18 +33,14 @@ class Kernel {
     for (int64_t first = 0; first < plan.rows; first += kBlockRows) {
       const int64_t count = least(kBlockRows, plan.rows - first);
       begin_rows(sequence, kv_head, first, count);
-      Sums block = sums;
-      block.maxima += first;
-      block.totals += first;
-      block.out += first * plan.width;
+      const Sums block = sums.from(first, plan);
       for (int64_t i = 0; i < count; ++i) {
         block.maxima[i] = -kInfinity;
         block.totals[i] = 0.0f;
       }
       std::memset(block.out, 0, static_cast<size_t>(count * plan.width) * sizeof(float));
-      look_ahead(sequence, kv_head, keys);
       for (int64_t key = keys.first; key < keys.last; key += kTile) {
-        add_tile(sequence, kv_head, {key, least(key + kTile, keys.last)}, keys, count, block);
+        add_tile(sequence, kv_head, {key, least(key + kTile, keys.last)}, count, block);
       }
     }
   }
@@ -157,19 +50,19 @@ class Kernel {
     for (int64_t i = 0; i < plan.rows; ++i) {
       const Row row(p, sequence, kv_head, i);
       float maximum = -kInfinity;
-      for (int64_t s = 0; s < count; ++s) {
-        maximum = most(maximum, Sums(plan, sums_, first + s).maxima[i]);
+      for (int64_t task = first; task < first + count; ++task) {
+        maximum = most(maximum, Sums(plan, sums_, task).maxima[i]);
       }
       const float level = maximum == -kInfinity ? 0.0f : maximum;
       float total = 0.0f;
-      float* const out = Sums(plan, sums_, first).out + i * plan.width;
-      for (int64_t s = 0; s < count; ++s) {
-        const Sums part(plan, sums_, first + s);
-        const float factor = exp2<5>(exponent_(broadcast(part.maxima[i]), broadcast(level)))[0];
-        total += part.totals[i] * factor;
+      float* const out = Sums(plan, sums_, first).from(i, plan).out;
+      for (int64_t task = first; task < first + count; ++task) {
+        const Sums part = Sums(plan, sums_, task).from(i, plan);
+        const float factor = exp2<5>(exponent_(broadcast(*part.maxima), broadcast(level)))[0];
+        total += *part.totals * factor;
         for (int64_t d = 0; d < plan.width; d += kLanes) {
-          const Vector before = s == 0 ? Vector{} : load(out + d);
-          store(out + d, multiply_add(load(part.out + i * plan.width + d), broadcast(factor), before));
+          const Vector before = task == first ? Vector{} : load(out + d);
+          store(out + d, multiply_add(load(part.out + d), broadcast(factor), before));
         }
       }
       const Vector factor = broadcast(total == 0.0f ? 0.0f : 1.0f / total);
@@ -185,53 +78,32 @@ class Kernel {
   }
 
  private:
-  // The addresses of a cache's rows [first, first + count) of a head.
-  template <typename Item, typename Data, size_t kCount>
-  void locate(Data* cache, const int64_t (&strides)[kCount], const Sequence& sequence, int64_t kv_head, int64_t first,
-              int64_t count, Item** rows) const {
-    Item* const data = static_cast<Item*>(cache) + kv_head * strides[1];
-    for (int64_t i = 0; i < count;) {
-      const int64_t number = (first + i) / p.block_size, within = (first + i) % p.block_size;
-      const int64_t block = p.block_table ? p.block_table[sequence.index * p.blocks_per_row + number] : sequence.index;
-      Item* const start = data + block * strides[0] + within * strides[2];
-      const int64_t run = least(count - i, p.block_size - within);
-      for (int64_t j = 0; j < run; ++j) {
-        rows[i + j] = start + j * strides[2];
-      }
-      i += run;
-    }
-  }
-
   // Writes the new tokens that belong to the given keys.
   void append(const Sequence& sequence, int64_t kv_head, Range keys) {
-    const int64_t first = most(keys.first, sequence.offset);
     const int64_t last = least(keys.last, sequence.offset + p.query_length);
-    for (int64_t key = first; key < last; ++key) {
-      const int64_t token = key - sequence.offset;
-      const auto write = [&](const void* source, const int64_t (&strides)[4], int64_t dim, void* cache,
-                             const int64_t (&cache_strides)[4], float* scales, const int64_t (&scale_strides)[3],
-                             bool rotary) {
+    const auto write = [&](const void* source, const int64_t (&strides)[4], int64_t dim, void* cache,
+                           const int64_t (&cache_strides)[4], float* scales, const int64_t (&scale_strides)[3],
+                           bool rotary) {
+      for (int64_t key = most(keys.first, sequence.offset); key < last; ++key) {
         const scalar_t* from = static_cast<const scalar_t*>(source) + sequence.index * strides[0] +
-                               kv_head * strides[1] + token * strides[2];
+                               kv_head * strides[1] + (key - sequence.offset) * strides[2];
         pack_row(from, strides[3], dim, dim, work.row);
         if (rotary) {
           rotate(p, key, work.row);
         }
-        cache_t* target;
-        locate(cache, cache_strides, sequence, kv_head, key, 1, &target);
-        if constexpr (sizeof(cache_t) == 1) {
-          float* scale;
-          locate(scales, scale_strides, sequence, kv_head, key, 1, &scale);
-          *scale = quantize_row(work.row, dim, target, cache_strides[3]);
+        cache_t* target = CacheHead<cache_t>(p, cache, cache_strides, sequence.index, kv_head).at(key);
+        if constexpr (kIsQuantized) {
+          *CacheHead<float>(p, scales, scale_strides, sequence.index, kv_head).at(key) =
+              quantize_row(work.row, dim, target, cache_strides[3]);
         } else {
           store_row(work.row, dim, target, cache_strides[3]);
         }
-      };
-      write(p.new_key, p.new_key_strides, p.head_dim, p.key_cache, p.key_strides, p.key_scales, p.key_scale_strides,
-            p.cos != nullptr);
-      write(p.new_value, p.new_value_strides, p.value_dim, p.value_cache, p.value_strides, p.value_scales,
-            p.value_scale_strides, false);
-    }
+      }
+    };
+    write(p.new_key, p.new_key_strides, p.head_dim, p.key_cache, p.key_strides, p.key_scales, p.key_scale_strides,
+          p.cos != nullptr);
+    write(p.new_value, p.new_value_strides, p.value_dim, p.value_cache, p.value_strides, p.value_scales,
+          p.value_scale_strides, false);
   }
 
   void begin_rows(const Sequence& sequence, int64_t kv_head, int64_t first, int64_t count) {
@@ -241,8 +113,7 @@ class Kernel {
     begun_sequence_ = sequence.index;
     begun_head_ = kv_head;
     begun_row_ = first;
-    const int64_t depth = Scratch::padded_depth(p.head_dim);
-    std::memset(work.queries, 0, static_cast<size_t>(count * depth) * sizeof(T));
+    std::memset(work.queries, 0, static_cast<size_t>(count * work.depth) * sizeof(T));
     for (int64_t i = 0; i < count; ++i) {
       const Row& row = work.rows[i] = Row(p, sequence, kv_head, first + i);
       const scalar_t* query = static_cast<const scalar_t*>(p.query) + sequence.index * p.query_strides[0] +
@@ -251,90 +122,108 @@ class Kernel {
       if (p.cos) {
         rotate(p, row.position, work.row);
       }
-      store_row(work.row, p.head_dim, work.queries + i * depth, 1);
+      store_row(work.row, p.head_dim, work.queries + i * work.depth, 1);
     }
   }
 
-  // The addresses of a cache's rows, repeated up to whole vectors, or of contiguous copies of them.
-  void locate_tile(const void* cache, const int64_t (&strides)[4], const Sequence& sequence, int64_t kv_head,
-                   Range keys, const cache_t** rows) const {
-    const int64_t count = keys.last - keys.first;
-    locate(cache, strides, sequence, kv_head, keys.first, count, rows);
-    for (int64_t i = count; i < round_up(count, kLanes); ++i) {
-      rows[i] = rows[count - 1];
-    }
-  }
-
-  void copy_rows(int64_t count, int64_t stride, int64_t dim, cache_t* copies, const cache_t** rows) const {
-    for (int64_t i = 0; i < round_up(count, kLanes) && stride != 1; ++i) {
-      pack_row(rows[i], stride, dim, dim, copies + i * dim);
-      rows[i] = copies + i * dim;
-    }
-  }
-
-  // The tile of keys that is next, which the products with values bring into the caches.
-  void look_ahead(const Sequence& sequence, int64_t kv_head, Range keys) const {
-    locate_tile(p.key, p.key_strides, sequence, kv_head, {keys.first, least(keys.first + kTile, keys.last)},
-                work.ahead);
-  }
-
-  void gather(const float* scales, const int64_t (&strides)[3], const Sequence& sequence, int64_t kv_head, Range keys,
-              float* target) const {
-    const float* addresses[kTile];
-    const int64_t count = keys.last - keys.first;
-    locate(scales, strides, sequence, kv_head, keys.first, count, addresses);
-    for (int64_t i = 0; i < count; ++i) {
-      target[i] = *addresses[i];
-    }
-  }
-
-  void add_tile(const Sequence& sequence, int64_t kv_head, Range tile, Range all, int64_t rows, const Sums& sums) {
-    const int64_t count = tile.last - tile.first;
-    const cache_t** const before = work.keys;
-    work.keys = work.ahead;
-    work.ahead = before;
-    locate_tile(p.value, p.value_strides, sequence, kv_head, tile, work.values);
-    look_ahead(sequence, kv_head, {tile.last < all.last ? tile.last : tile.first, all.last});
-    copy_rows(count, p.key_strides[3], p.head_dim, work.key_copies, work.keys);
-    copy_rows(count, p.value_strides[3], p.value_dim, work.value_copies, work.values);
-    if constexpr (sizeof(cache_t) == 1) {
-      gather(p.key_scales, p.key_scale_strides, sequence, kv_head, tile, work.key_scales);
-      gather(p.value_scales, p.value_scale_strides, sequence, kv_head, tile, work.value_scales);
-    }
-    const int64_t depth = Scratch::padded_depth(p.head_dim);
-    for (int64_t k = 0; k < count; k += kLanes) {
-      for_each_block<kDotRows>(rows, [&](auto number, int64_t first) {
-        multiply_keys<decltype(number)::value>(work.queries + first * depth, depth, work.keys + k, work.values + k,
-                                               p.head_dim, work.scores + first * kScoresRow + k, kScoresRow);
-      });
+  void add_tile(const Sequence& sequence, int64_t kv_head, Range tile, int64_t rows, const Sums& sums) {
+    score(Head(p, p.key, p.key_strides, sequence.index, kv_head), tile, rows);
+    if constexpr (kIsQuantized) {
+      const auto gather = [&](const float* scales, const int64_t (&strides)[3], float* target) {
+        const CacheHead<const float> head(p, scales, strides, sequence.index, kv_head);
+        head.for_each_run(tile, [&](const float* from, int64_t first, int64_t count) {
+          for (int64_t i = 0; i < count; ++i) {
+            target[first + i] = from[i * head.stride];
+          }
+        });
+      };
+      gather(p.key_scales, p.key_scale_strides, work.key_scales);
+      gather(p.value_scales, p.value_scale_strides, work.value_scales);
     }
     for (int64_t row = 0; row < rows; ++row) {
       soften(tile, row, sums);
     }
+    const Head values(p, p.value, p.value_strides, sequence.index, kv_head);
+    const bool in_place = is_in_place(p, p.value_strides);
+    if (!in_place) {
+      copy_rows(values, p.value_strides[3], p.value_dim, tile, work.value_copies);
+    }
+    const auto add = [&](auto number, Range keys, int64_t row) {
+      constexpr int kRows = decltype(number)::value;
+      const auto add_run = [&](const Run<cache_t>& run, int64_t first) {
+        const Sums to = sums.from(row, plan);
+        add_values<kRows, widest_tile(kRows)>(work.weights + row * work.scores_row + keys.first + first,
+                                              work.scores_row, run, 0, p.value_dim, to.out, plan.width);
+      };
+      if (!in_place && !keys.empty()) {
+        add_run({work.value_copies + keys.first * p.value_dim, p.value_dim, keys.last - keys.first, 0}, 0);
+      } else {
+        for_each_fetching_run(values, values_ahead_, {tile.first + keys.first, tile.first + keys.last}, tile.last,
+                              add_run);
+      }
+    };
     for_each_block<kTileRows>(rows, [&](auto number, int64_t first) {
       constexpr int kRows = decltype(number)::value;
-      Range common = {0, count};
+      Range common = {0, tile.last - tile.first};
       for (int64_t row = first; row < first + kRows; ++row) {
         common = {most(common.first, work.visible[row].first), least(common.last, work.visible[row].last)};
       }
       common.last = most(common.first, common.last);
-      add_block<kRows>(common, first, sums);
+      add(number, common, first);
       // What only some rows see may not be multiplied by a weight of 0 of another: it may be NaN.
       for (int64_t row = first; row < first + kRows; ++row) {
         const Range seen = work.visible[row];
-        add_block<1>({seen.first, least(seen.last, common.first)}, row, sums);
-        add_block<1>({most(seen.first, common.last), seen.last}, row, sums);
+        add(Constant<1>{}, {seen.first, least(seen.last, common.first)}, row);
+        add(Constant<1>{}, {most(seen.first, common.last), seen.last}, row);
       }
     });
   }
 
-  template <int kRows>
-  void add_block(Range keys, int64_t row, const Sums& sums) const {
-    if (!keys.empty()) {
-      const Weighted<T, cache_t> x = {work.values + keys.first, work.ahead + keys.first, keys.last - keys.first,
-                                      work.weights + row * kScoresRow + keys.first, kScoresRow};
-      add_values<kRows, widest_tile(kRows)>(x, p.value_dim, sums.out + row * plan.width, plan.width);
+  // Products of the query rows with a tile's keys, and with some behind it up to whole vectors.
+  void score(const Head& head, Range tile, int64_t rows) const {
+    const auto multiply = [&](const Run<cache_t>& run, int64_t first_key) {
+      for_each_block<kDotRows>(rows, [&](auto number, int64_t first) {
+        multiply_keys<decltype(number)::value>(work.queries + first * work.depth, work.depth, run, p.head_dim,
+                                               work.scores + first * work.scores_row + first_key, work.scores_row);
+      });
+    };
+    const int64_t count = round_up(tile.last - tile.first, kLanes);
+    int64_t in_place = 0;
+    if (is_in_place(p, p.key_strides)) {
+      in_place = p.block_table ? count : least(count, (p.kv_length - tile.first) / kLanes * kLanes);
+      for_each_fetching_run(head, keys_ahead_, {tile.first, tile.first + in_place}, tile.last, multiply);
     }
+    if (in_place < count) {
+      copy_rows(head, p.key_strides[3], p.head_dim, {tile.first + in_place, tile.last}, work.key_copies);
+      multiply({work.key_copies, p.head_dim, count - in_place, 0}, in_place);
+    }
+  }
+
+  static int64_t rows_of(int64_t bytes, int64_t dim) {
+    return bytes / most<int64_t>(dim * static_cast<int64_t>(sizeof(cache_t)), 1) + 1;
+  }
+
+  void copy_rows(const Head& head, int64_t stride, int64_t dim, Range keys, cache_t* copies) const {
+    head.for_each_run(keys, [&](const cache_t* from, int64_t first, int64_t count) {
+      for (int64_t i = 0; i < count; ++i) {
+        pack_row(from + i * head.stride, stride, dim, dim, copies + (first + i) * dim);
+      }
+    });
+  }
+
+  // Calls use(run, first) for the given rows, each run with the distance to what to fetch: some rows on, which in a
+  // cache of small blocks is another block; last is the end of those blocks.
+  template <typename Use>
+  void for_each_fetching_run(const Head& head, int64_t rows_ahead, Range keys, int64_t last, Use use) const {
+    const bool jumps = p.block_table && p.block_size < 4 * rows_ahead;
+    head.for_each_run(keys, [&](const cache_t* from, int64_t first, int64_t count) {
+      int64_t ahead = rows_ahead * head.stride;
+      if (jumps) {
+        const int64_t there = keys.first + first + round_up(rows_ahead, p.block_size);
+        ahead = there < last ? head.at(there) - from : 0;
+      }
+      use(Run<cache_t>{from, head.stride, count, ahead}, first);
+    });
   }
 
   // Turns one row's products into weights relative to the running maximum.
@@ -348,8 +237,8 @@ class Kernel {
       return;
     }
     const Range columns = {seen.first / kLanes * kLanes, round_up(seen.last, kLanes)};
-    float* const scores = work.scores + row * kScoresRow;
-    if constexpr (sizeof(cache_t) == 1) {
+    float* const scores = work.scores + row * work.scores_row;
+    if constexpr (kIsQuantized) {
       for (int64_t k = columns.first; k < columns.last; k += kLanes) {
         store(scores + k, load(scores + k) * load(work.key_scales + k));
       }
@@ -368,14 +257,14 @@ class Kernel {
     for (int64_t k = columns.first; k < columns.last; k += kLanes) {
       Vector weight = exp2<kDepth<T> == 1 ? 5 : 4>(exponent_(load(scores + k), level));
       total = total + weight;
-      if constexpr (sizeof(cache_t) == 1) {
+      if constexpr (kIsQuantized) {
         weight = weight * load(work.value_scales + k);
       }
-      store(work.weights + row * kScoresRow + k, weight);
+      store(work.weights + row * work.scores_row + k, weight);
     }
     sums.totals[row] += sum(total);
     // A pair of keys may end behind the last one.
-    store(work.weights + row * kScoresRow + columns.last, Vector{});
+    store(work.weights + row * work.scores_row + columns.last, Vector{});
   }
 
   void raise_maximum(int64_t row, float maximum, const Sums& sums) const {
@@ -393,27 +282,24 @@ class Kernel {
   const AttentionDecodeParams& p;
   const Plan& plan;
   void* sums_;
-  Scratch work;
+  Workspace<T, cache_t> work;
   const bool is_general_ = has_adjustments(p) || p.scale <= 0.0f;  // scores are more than products times a factor
   const Exponent exponent_{is_general_ ? kLog2E : static_cast<double>(p.scale) * kLog2E};
+  const int64_t keys_ahead_ = rows_of(kBytesAhead, p.head_dim), values_ahead_ = rows_of(kBytesAhead, p.value_dim);
   int64_t begun_sequence_ = -1, begun_head_ = -1, begun_row_ = -1;
 };
-
-int64_t sums_bytes(const Plan& plan) {
-  return plan.tasks * plan.sums_size() * static_cast<int64_t>(sizeof(float));
-}
 
 template <typename scalar_t, typename cache_t>
 void run_tasks(const AttentionDecodeParams& p, void* workspace, int64_t* counters, int64_t thread) {
   const Plan plan(p);
   const int64_t bytes = Workspace<Compute<cache_t>, cache_t>(p, nullptr).bytes;
   Kernel<scalar_t, cache_t> kernel(p, plan, workspace,
-                                   static_cast<char*>(workspace) + sums_bytes(plan) + thread * bytes);
+                                   static_cast<char*>(workspace) + plan.sums_bytes() + thread * bytes);
   int64_t b = 0, before = 0;  // tasks of the sequences before b
   for (int64_t task; (task = __atomic_fetch_add(&counters[0], 1, __ATOMIC_RELAXED)) < plan.tasks;) {
-    const auto splits_of = [&](int64_t i) { return plan.splits(touched_keys(p, Sequence(p, i))); };
-    for (; task >= before + p.kv_heads * splits_of(b); ++b) {
-      before += p.kv_heads * splits_of(b);
+    const auto tasks_of = [&](int64_t i) { return p.kv_heads * plan.splits(touched_keys(p, Sequence(p, i))); };
+    for (; task >= before + tasks_of(b); ++b) {
+      before += tasks_of(b);
     }
     const Sequence sequence(p, b);
     const Range keys = touched_keys(p, sequence);
@@ -442,7 +328,8 @@ auto with_types(const AttentionDecodeParams& p, Use use) {
 int64_t workspace_bytes(const AttentionDecodeParams& p, int64_t threads) {
   return with_types(p, [&](auto, auto cache) {
     using cache_t = decltype(cache);
-    return sums_bytes(Plan(p)) + threads * Workspace<Compute<cache_t>, cache_t>(p, nullptr).bytes;
+    const Plan plan(p);
+    return plan.sums_bytes() + threads * Workspace<Compute<cache_t>, cache_t>(p, nullptr).bytes;
   });
 }
 

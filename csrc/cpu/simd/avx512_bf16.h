@@ -17,7 +17,7 @@ inline __m512bh load_pairs(const BFloat16* source) {
 }
 
 inline __m512bh load_pairs(const BFloat16* source, int64_t count) {
-  const uint32_t lanes = count >= 32 ? 0xffffffffu : (1u << count) - 1;
+  const auto lanes = static_cast<__mmask32>((uint64_t{1} << count) - 1);
   return (__m512bh)_mm512_maskz_loadu_epi16(lanes, source);
 }
 
