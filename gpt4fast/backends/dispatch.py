@@ -30,6 +30,7 @@ from .reference.attention_varlen import attention_varlen as padded_attention
 # Constants, since torch.compile traces through this file.
 CPU_LIBRARY_ERROR = native.cpu_library_error()
 CUDA_LIBRARY_ERROR = native.cuda_library_error()
+PORTABLE = native.cpu_level() == "scalar"  # four lanes against torch's eight or sixteen: attention 0.45 to 1
 
 IMPLEMENTATIONS = ("native", "triton", "cuda", "reference", "torch")
 
@@ -171,6 +172,18 @@ def _cuda_conv_transpose(call: dict) -> str | None:
 
 
 def _prefer_attention(call: dict) -> tuple[str, ...]:
+    query, key = call["query"], call["key"]
+    if not query.is_cpu:
+        return "torch", "reference"
+    bounded = call["kv_lengths"] is not None or call["kv_starts"] is not None or call["window"] is not None
+    # In multiply-adds of the scores. 1x4x32x32 over 32 keys: 0.8; 1x8x64x64 over 64 keys: 2.2.
+    tiny = not torch.compiler.is_compiling() and query.numel() * key.shape[2] <= 1 << 18
+    if not bounded and (PORTABLE or (tiny and not needs_grad(query, key, call["value"]))):
+        return "torch", "native", "reference"
+    return "native", "torch", "reference"  # torch needs a mask for bounds, which costs more than its kernel saves
+
+
+def _prefer_packed_or_cached(call: dict) -> tuple[str, ...]:
     return ("native", "torch", "reference") if call["query"].is_cpu else ("torch", "reference")
 
 
@@ -206,7 +219,7 @@ ATTENTION_VARLEN = Op(
         "reference": Candidate(partial(padded_attention, reference_attention.attention), _never),
         "torch": Candidate(partial(padded_attention, aten_attention.attention), _torch_attention),
     },
-    _prefer_attention,
+    _prefer_packed_or_cached,
 )
 ATTENTION_DECODE = Op(
     "attention_decode",
@@ -215,7 +228,7 @@ ATTENTION_DECODE = Op(
         "reference": Candidate(partial(cached_attention, reference_attention.attention), _never),
         "torch": Candidate(partial(cached_attention, aten_attention.attention), _torch_attention),
     },
-    _prefer_attention,
+    _prefer_packed_or_cached,
 )
 CONV_TRANSPOSE = Op(
     "conv_transpose",
