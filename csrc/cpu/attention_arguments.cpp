@@ -6,6 +6,7 @@
 
 #include "../common/checks.h"
 #include "../common/dtypes.h"
+#include "../common/empty.h"
 
 namespace gpt4fast::cpu {
 
@@ -186,12 +187,9 @@ int64_t threads_for(double multiplications) {
 }
 
 Tensor empty_result(const Tensor& query, int64_t value_dim, bool heads_first) {
-  const int64_t batch = query.size(0), heads = query.size(1), length = query.size(2);
-  if (heads_first) {
-    return torch::stable::new_empty(query, {batch, heads, length, value_dim}, query.scalar_type());
-  }
-  const Tensor by_length = torch::stable::new_empty(query, {batch, length, heads, value_dim}, query.scalar_type());
-  return torch::stable::transpose(by_length, 1, 2);
+  const std::array<int64_t, 4> sizes = {query.size(0), query.size(1), query.size(2), value_dim};
+  return heads_first ? empty_on_cpu(sizes, query.scalar_type())
+                     : empty_on_cpu(sizes, query.scalar_type(), {0, 2, 1, 3});
 }
 
 }  // namespace gpt4fast::cpu

@@ -9,6 +9,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "../common/checks.h"
+#include "../common/empty.h"
 #include "attention_arguments.h"
 #include "cpu_level.h"
 
@@ -191,7 +192,7 @@ std::tuple<Tensor, Tensor> decode(const Tensor& query, const Tensor& key_cache, 
   p.softcap = static_cast<float>(softcap);
 
   const Tensor out = empty_result(query, p.value_dim, false);
-  const Tensor lse = torch::stable::new_empty(query, {p.batch, p.query_heads, p.query_length}, ScalarType::Float);
+  const Tensor lse = empty_on_cpu<3>({p.batch, p.query_heads, p.query_length}, ScalarType::Float);
   p.out = out.mutable_data_ptr();
   copy_strides(out, p.out_strides);
   p.lse = lse.mutable_data_ptr<float>();
@@ -201,14 +202,14 @@ std::tuple<Tensor, Tensor> decode(const Tensor& query, const Tensor& key_cache, 
 
 }  // namespace
 
-void run_attention_decode(const AttentionDecodeParams& p, const Tensor& query) {
+void run_attention_decode(const AttentionDecodeParams& p, const Tensor&) {
   const int64_t rows = p.batch * p.query_heads * p.query_length;
   if (rows == 0) {
     return;
   }
   const AttentionDecodeKernel& kernel = active_attention_decode_kernel();
   const int64_t threads = threads_for(double(rows) * double(p.kv_length + 1) * double(p.head_dim + p.value_dim + 1));
-  const Tensor workspace = torch::stable::new_empty(query, {kernel.workspace(p, threads)}, ScalarType::Byte);
+  const Tensor workspace = empty_on_cpu<1>({kernel.workspace(p, threads)}, ScalarType::Byte);
   std::vector<int64_t> counters(static_cast<size_t>(1 + p.batch * p.kv_heads));
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t thread = begin; thread < end; ++thread) {
