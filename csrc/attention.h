@@ -38,7 +38,7 @@ struct AttentionParams {
   int64_t query_offset;  // position of query 0 among the keys
   int64_t window_left;   // -1: open
   int64_t window_right;  // -1: open
-  double dropout_p;  // 0: off
+  double dropout_p;      // 0: off
   uint64_t dropout_seed;
 };
 
@@ -98,11 +98,12 @@ struct AttentionForwardKernel {
   void (*run)(const AttentionForwardParams&, void* workspace, int64_t thread, int64_t threads);
 };
 
-// Tasks are taken by whichever thread is free, and a task that is the last of its head writes the head's result.
+// A thread that is done with its own tasks takes those of others; the last task of a head writes the head's result.
 struct AttentionDecodeKernel {
+  int64_t (*threads)(const AttentionDecodeParams&);                     // worth waking
   int64_t (*workspace)(const AttentionDecodeParams&, int64_t threads);  // bytes of scratch memory for all threads
-  // counters: 1 + B * Hk zeros
-  void (*run)(const AttentionDecodeParams&, void* workspace, int64_t* counters, int64_t thread);
+  // counters: threads + B * Hk zeros
+  void (*run)(const AttentionDecodeParams&, void* workspace, int64_t* counters, int64_t thread, int64_t threads);
 };
 
 }  // namespace cpu

@@ -208,12 +208,12 @@ void run_attention_decode(const AttentionDecodeParams& p, const Tensor&) {
     return;
   }
   const AttentionDecodeKernel& kernel = active_attention_decode_kernel();
-  const int64_t threads = threads_for(double(rows) * double(p.kv_length + 1) * double(p.head_dim + p.value_dim + 1));
+  const int64_t threads = std::min<int64_t>(kernel.threads(p), torch::stable::get_num_threads());
   const Tensor workspace = empty_on_cpu<1>({kernel.workspace(p, threads)}, ScalarType::Byte);
-  std::vector<int64_t> counters(static_cast<size_t>(1 + p.batch * p.kv_heads));
+  std::vector<int64_t> counters(static_cast<size_t>(threads + p.batch * p.kv_heads));
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t thread = begin; thread < end; ++thread) {
-      kernel.run(p, workspace.mutable_data_ptr(), counters.data(), thread);
+      kernel.run(p, workspace.mutable_data_ptr(), counters.data(), thread, threads);
     }
   });
 }

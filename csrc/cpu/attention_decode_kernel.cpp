@@ -290,25 +290,29 @@ class Kernel {
 };
 
 template <typename scalar_t, typename cache_t>
-void run_tasks(const AttentionDecodeParams& p, void* workspace, int64_t* counters, int64_t thread) {
+void run_tasks(const AttentionDecodeParams& p, void* workspace, int64_t* counters, int64_t thread, int64_t threads) {
   const Plan plan(p);
   const int64_t bytes = Workspace<Compute<cache_t>, cache_t>(p, nullptr).bytes;
   Kernel<scalar_t, cache_t> kernel(p, plan, workspace,
                                    static_cast<char*>(workspace) + plan.sums_bytes() + thread * bytes);
-  int64_t b = 0, before = 0;  // tasks of the sequences before b
-  for (int64_t task; (task = __atomic_fetch_add(&counters[0], 1, __ATOMIC_RELAXED)) < plan.tasks;) {
-    const auto tasks_of = [&](int64_t i) { return p.kv_heads * plan.splits(touched_keys(p, Sequence(p, i))); };
-    for (; task >= before + tasks_of(b); ++b) {
-      before += tasks_of(b);
-    }
-    const Sequence sequence(p, b);
-    const Range keys = touched_keys(p, sequence);
-    const int64_t splits = plan.splits(keys), head = (task - before) / splits, split = (task - before) % splits;
-    const int64_t first = keys.first + split * plan.split;
-    kernel.run(sequence, head, {first, least(first + plan.split, keys.last)}, task);
-    const int64_t done = __atomic_add_fetch(&counters[1 + b * p.kv_heads + head], 1, __ATOMIC_ACQ_REL);
-    if (done == splits) {
-      kernel.finish(sequence, head, task - split, splits);
+  int64_t* const heads_done = counters + threads;
+  const auto tasks_of = [&](int64_t b) { return p.kv_heads * plan.splits(touched_keys(p, Sequence(p, b))); };
+  for (int64_t i = 0; i < threads; ++i) {
+    const int64_t owner = (thread + i) % threads;
+    const int64_t first_task = owner * plan.tasks / threads, last_task = (owner + 1) * plan.tasks / threads;
+    int64_t b = 0, before = 0;  // tasks of the sequences before b
+    for (int64_t task; (task = first_task + __atomic_fetch_add(&counters[owner], 1, __ATOMIC_RELAXED)) < last_task;) {
+      for (; task >= before + tasks_of(b); ++b) {
+        before += tasks_of(b);
+      }
+      const Sequence sequence(p, b);
+      const Range keys = touched_keys(p, sequence);
+      const int64_t splits = plan.splits(keys), head = (task - before) / splits, split = (task - before) % splits;
+      const int64_t first = keys.first + split * plan.split;
+      kernel.run(sequence, head, {first, least(first + plan.split, keys.last)}, task);
+      if (__atomic_add_fetch(&heads_done[b * p.kv_heads + head], 1, __ATOMIC_ACQ_REL) == splits) {
+        kernel.finish(sequence, head, task - split, splits);
+      }
     }
   }
 }
@@ -325,6 +329,10 @@ auto with_types(const AttentionDecodeParams& p, Use use) {
   }
 }
 
+int64_t threads_worth_waking(const AttentionDecodeParams& p) {
+  return Plan(p).threads(p);
+}
+
 int64_t workspace_bytes(const AttentionDecodeParams& p, int64_t threads) {
   return with_types(p, [&](auto, auto cache) {
     using cache_t = decltype(cache);
@@ -333,13 +341,14 @@ int64_t workspace_bytes(const AttentionDecodeParams& p, int64_t threads) {
   });
 }
 
-void run(const AttentionDecodeParams& p, void* workspace, int64_t* counters, int64_t thread) {
-  with_types(
-      p, [&](auto type, auto cache) { run_tasks<decltype(type), decltype(cache)>(p, workspace, counters, thread); });
+void run(const AttentionDecodeParams& p, void* workspace, int64_t* counters, int64_t thread, int64_t threads) {
+  with_types(p, [&](auto type, auto cache) {
+    run_tasks<decltype(type), decltype(cache)>(p, workspace, counters, thread, threads);
+  });
 }
 
 }  // namespace
 
-extern const AttentionDecodeKernel attention_decode_kernel = {workspace_bytes, run};
+extern const AttentionDecodeKernel attention_decode_kernel = {threads_worth_waking, workspace_bytes, run};
 
 }  // namespace gpt4fast::cpu::GPT4FAST_LEVEL

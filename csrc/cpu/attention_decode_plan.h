@@ -26,28 +26,35 @@ inline Range touched_keys(const AttentionDecodeParams& p, const Sequence& sequen
 // Tasks are numbered by sequence, key/value head and part of the keys. How many there are depends on the arguments, but
 // not on the threads, so that the result doesn't either.
 struct Plan {
-  int64_t rows;   // query rows of a key/value head
-  int64_t width;  // of a row of sums
-  int64_t split;  // keys of a task
+  int64_t rows;      // query rows of a key/value head
+  int64_t width;     // of a row of sums
+  int64_t split;     // keys of a task
+  int64_t keys = 0;  // of all sequences
   int64_t tasks = 0;
 
   explicit Plan(const AttentionDecodeParams& p) {
     rows = p.query_length * (p.query_heads / p.kv_heads);
     width = round_up(p.value_dim, 2 * kLanes);
-    int64_t keys = 0;
     for (int64_t b = 0; b < p.batch; ++b) {
       const Range touched = touched_keys(p, Sequence(p, b));
       keys += touched.last - touched.first;
     }
-    // At most some 128 tasks besides one for each head. With many rows a task has more keys, so that its sums are few
+    // At most some 64 tasks besides one for each head. With many rows a task has more keys, so that its sums are few
     // beside them.
-    split = round_up(most(most<int64_t>(256, 8 * rows), keys * p.kv_heads / 128), 128);
+    split = round_up(most(most<int64_t>(rows < 8 ? 512 : 256, 8 * rows), keys * p.kv_heads / 64), 128);
     for (int64_t b = 0; b < p.batch; ++b) {
       tasks += p.kv_heads * splits(touched_keys(p, Sequence(p, b)));
     }
   }
 
   int64_t splits(Range keys) const { return most<int64_t>(1, (keys.last - keys.first + split - 1) / split); }
+  // Threads worth waking, each of which takes some microseconds.
+  int64_t threads(const AttentionDecodeParams& p) const {
+    const int64_t row_bytes = p.cache_dtype == ElementType::float32 ? 4 : p.cache_dtype == ElementType::int8 ? 1 : 2;
+    const int64_t work = keys * p.kv_heads * (p.head_dim + p.value_dim) * most(row_bytes, rows);
+    return most<int64_t>(1, least(tasks, work >> 18));
+  }
+
   int64_t sums_size() const { return round_up(rows * (2 + width), 16); }
   int64_t sums_bytes() const { return tasks * sums_size() * static_cast<int64_t>(sizeof(float)); }
 };
