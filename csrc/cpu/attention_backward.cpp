@@ -80,7 +80,8 @@ void run(const AttentionBackwardParams& p, const std::vector<AttentionBackwardTa
     for (int64_t thread = begin; thread < end; ++thread) {
       for (size_t i = next++; i < tasks.size() + mask_tasks.size(); i = next++) {
         if (i < tasks.size()) {
-          kernel.run(p, tasks[i], memory + thread * bytes);
+          const size_t following = next;
+          kernel.run(p, tasks[i], following < tasks.size() ? &tasks[following] : nullptr, memory + thread * bytes);
         } else {
           kernel.run_mask(p, mask_tasks[i - tasks.size()], memory + thread * bytes);
         }

@@ -30,7 +30,9 @@ inline constexpr int64_t kBackwardBlockRows = 96;
 // Tasks write to different places and each sums in an order of its own, whichever thread runs it.
 struct AttentionBackwardKernel {
   int64_t (*workspace)(const AttentionBackwardParams&);  // bytes of scratch memory that one thread needs
-  void (*run)(const AttentionBackwardParams&, const AttentionBackwardTask&, void* workspace);
+  // next is a task that is likely to follow, or null.
+  void (*run)(const AttentionBackwardParams&, const AttentionBackwardTask&, const AttentionBackwardTask* next,
+              void* workspace);
   void (*run_mask)(const AttentionBackwardParams&, const MaskGradientTask&, void* workspace);
 };
 

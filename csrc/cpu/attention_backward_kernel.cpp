@@ -9,13 +9,15 @@ namespace gpt4fast::cpu::GPT4FAST_LEVEL {
 namespace {
 
 static_assert(kKeyBlock == kBackwardTileKeys);
-static_assert(kBlockRows % kTileRows == 0 && kTileRows % 2 == 0);
+static_assert(kBackwardBlockRows / 2 % kTileRows == 0 && kTileRows % 2 == 0);
 
-// Turns float32 sums into numbers of a tensor.
+// Turns float32 sums into numbers of a tensor. Returns whether all are finite.
 template <typename scalar_t>
-void write_row(const float* sums, float factor, int64_t count, scalar_t* target, int64_t stride) {
+bool write_row(const float* sums, float factor, int64_t count, scalar_t* target, int64_t stride) {
+  Vector zeros = {};  // NaN where a sum is infinite or NaN
   for (int64_t d = 0; d < count; d += kLanes) {
     const Vector value = load(sums + d) * factor;
+    zeros = multiply_add(value, Vector{}, zeros);
     const int64_t rest = least(count - d, kLanes);
     if (stride == 1 && rest == kLanes) {
       store(target + d, value);
@@ -29,6 +31,7 @@ void write_row(const float* sums, float factor, int64_t count, scalar_t* target,
       }
     }
   }
+  return sum(zeros) == 0.0f;
 }
 
 // target += weight * source, unless the weight is 0: 0 * NaN is NaN.
@@ -40,11 +43,15 @@ void add_row(float weight, const T* source, int64_t stride, int64_t count, float
   }
 }
 
+void clear(float* numbers, int64_t count) {
+  std::memset(numbers, 0, static_cast<size_t>(count) * sizeof(float));
+}
+
 template <typename scalar_t>
 class Kernel : ScoreGradients<scalar_t> {
   using Base = ScoreGradients<scalar_t>;
-  using Base::count, Base::depth, Base::keys, Base::kv_head, Base::last_key, Base::p, Base::rows, Base::sequence,
-      Base::value_width, Base::width;
+  using Base::count, Base::keys, Base::kv_head, Base::last_key, Base::p, Base::row_width, Base::rows, Base::sequence,
+      Base::value_row_width, Base::value_width, Base::width;
   using typename Base::T;
 
  public:
@@ -54,59 +61,33 @@ class Kernel : ScoreGradients<scalar_t> {
       query_pairs = this->queries;
       grad_out_pairs = this->grad_outs;
     } else {
-      scratch.take(query_pairs, kBlockRows * width);
-      scratch.take(grad_out_pairs, kBlockRows * value_width);
+      scratch.take(query_pairs, kBlockRows<T> * width);
+      scratch.take(grad_out_pairs, kBlockRows<T> * value_width);
     }
-    scratch.take(grad_queries, kBlockRows * width);
-    scratch.take(weight_pairs, kBlockRows * kKeyBlock);
-    scratch.take(grad_score_pairs, kBlockRows * kKeyBlock);
+    scratch.take(grad_queries, kBlockRows<T> * width);
+    scratch.take(weight_pairs, kBlockRows<T> * kKeyBlock);
+    scratch.take(grad_score_pairs, kBlockRows<T> * kKeyBlock);
     if constexpr (kDepth<T> == 1) {
       grad_score_rows = grad_score_pairs;
     } else {
-      scratch.take(grad_score_rows, kBlockRows * kKeyBlock);
+      scratch.take(grad_score_rows, kBlockRows<T> * kKeyBlock);
     }
     scratch.take(key_pairs, tiles * kKeyBlock * width);
-    scratch.take(keys_finite, tiles);
     scratch.take(grad_keys, tiles * kKeyBlock * width);
     scratch.take(grad_values, tiles * kKeyBlock * value_width);
-    scratch.take(mask_sums, kBlockRows * kKeyBlock);
-    scratch.take(mask_errors, kBlockRows * kKeyBlock);
+    scratch.take(mask_sums, kBackwardBlockRows * kKeyBlock);
+    scratch.take(mask_errors, kBackwardBlockRows * kKeyBlock);
     bytes = scratch.bytes;
   }
 
   int64_t bytes;
 
-  void run(const AttentionBackwardTask& task) {
+  void run(const AttentionBackwardTask& task, const AttentionBackwardTask* next) {
     this->begin_head(Sequence(p, task.sequence), task.kv_head);
-    const size_t tile_keys = static_cast<size_t>((task.last_tile - task.first_tile) * kKeyBlock);
-    if (task.gradient_of_keys && tile_keys > 0) {
-      std::memset(grad_keys + task.first_tile * kKeyBlock * width, 0, tile_keys * width * sizeof(float));
-      std::memset(grad_values + task.first_tile * kKeyBlock * value_width, 0, tile_keys * value_width * sizeof(float));
+    if (next && (next->sequence != task.sequence || next->kv_head != task.kv_head)) {
+      begin_prefetch(task, *next);
     }
-    const bool is_general = has_adjustments(p) || p.dropout_p != 0.0f;
-    for (int64_t row = task.first_row; row < task.last_row; row += kBlockRows) {
-      this->begin_rows(row, 1, least(kBlockRows, task.last_row - row));
-      if (task.gradient_of_keys) {
-        pair_rows(this->queries, width, query_pairs);
-        pair_rows(this->grad_outs, value_width, grad_out_pairs);
-      }
-      std::memset(grad_queries, 0, static_cast<size_t>(count * width) * sizeof(float));
-      const Range seen = visible_tiles(rows, count);
-      for (int64_t tile = most(seen.first, task.first_tile); tile < least(seen.last, task.last_tile); ++tile) {
-        pack(tile);
-        if (is_general) {
-          add_tile<true>(task, tile);
-        } else {
-          add_tile<false>(task, tile);
-        }
-      }
-      if (task.gradient_of_queries) {
-        write_queries();
-      }
-    }
-    if (task.gradient_of_keys) {
-      write_keys(task);
-    }
+    compute(task, false);
   }
 
   // Sums over many heads and rows carry their rounding error along (Kahan, 1965): torch adds up in a tree.
@@ -115,17 +96,17 @@ class Kernel : ScoreGradients<scalar_t> {
     const int64_t group = p.query_heads / most<int64_t>(p.kv_heads, 1);
     const bool has_batch = strides[0] != 0, has_head = strides[1] != 0, has_row = strides[2] != 0,
                has_key = strides[3] != 0;
-    std::memset(mask_sums, 0, sizeof(float) * kBlockRows * kKeyBlock);
-    std::memset(mask_errors, 0, sizeof(float) * kBlockRows * kKeyBlock);
+    clear(mask_sums, kBackwardBlockRows * kKeyBlock);
+    clear(mask_errors, kBackwardBlockRows * kKeyBlock);
     for (int64_t b = has_batch ? task.batch : 0; b < (has_batch ? task.batch + 1 : p.batch); ++b) {
       for (int64_t head = has_head ? task.head : 0; head < (has_head ? task.head + 1 : p.query_heads); ++head) {
         this->begin_head(Sequence(p, b), head / group);
-        for (int64_t query = task.first_query; query < task.last_query; query += kBlockRows) {
-          this->begin_rows(query * group + head % group, group, least(kBlockRows, task.last_query - query));
+        for (int64_t query = task.first_query; query < task.last_query; query += kBlockRows<T>) {
+          this->begin_rows(query * group + head % group, group, least(kBlockRows<T>, task.last_query - query));
           const Range seen = visible_tiles(rows, count);
           for (int64_t tile = most(seen.first, task.first_tile); tile < least(seen.last, task.last_tile); ++tile) {
             this->pack_tile(tile);
-            add_mask(tile, has_row, has_key);
+            add_mask(tile, has_row ? query - task.first_query : 0, has_row, has_key);
           }
         }
       }
@@ -134,12 +115,83 @@ class Kernel : ScoreGradients<scalar_t> {
   }
 
  private:
-  void pair_rows(const T* from, int64_t columns, T* target) {
+  // An infinity or NaN may lie where a row does not see it, and 0 * NaN is NaN. Sums that are not finite, of a block of
+  // rows or a tile of keys, are therefore computed again, carefully: weights of 0 are left out.
+  void compute(const AttentionBackwardTask& task, bool careful) {
+    if (task.gradient_of_keys) {
+      const int64_t first = task.first_tile * kKeyBlock;
+      const int64_t last = round_up(least(task.last_tile * kKeyBlock, sequence.keys), kLanes);
+      clear(grad_keys + first * width, (last - first) * width);
+      clear(grad_values + first * value_width, (last - first) * value_width);
+    }
+    for (int64_t row = task.first_row; row < task.last_row; row += kBlockRows<T>) {
+      this->begin_rows(row, 1, least(kBlockRows<T>, task.last_row - row));
+      if (task.gradient_of_keys) {
+        pair_rows(this->queries, row_width, width, query_pairs);
+        pair_rows(this->grad_outs, value_row_width, value_width, grad_out_pairs);
+      }
+      add_tiles(task, careful);
+      if (task.gradient_of_queries && !write_queries()) {
+        AttentionBackwardTask again = task;
+        again.gradient_of_keys = false;
+        add_tiles(again, true);
+        write_queries();
+      }
+    }
+    for (int64_t tile = task.first_tile; task.gradient_of_keys && tile < task.last_tile; ++tile) {
+      if (!write_keys(tile) && !careful) {
+        AttentionBackwardTask again = task;
+        again.first_tile = tile;
+        again.last_tile = tile + 1;
+        again.gradient_of_queries = false;
+        compute(again, true);
+      }
+    }
+  }
+
+  void add_tiles(const AttentionBackwardTask& task, bool careful) {
+    const bool is_general = has_adjustments(p) || p.dropout_p != 0.0f;
+    const Range seen = visible_tiles(rows, count);
+    clear(grad_queries, count * width);
+    for (int64_t tile = most(seen.first, task.first_tile); tile < least(seen.last, task.last_tile); ++tile) {
+      pack(tile);
+      if (is_general) {
+        add_tile<true>(task, tile, careful);
+      } else {
+        add_tile<false>(task, tile, careful);
+      }
+    }
+  }
+
+  // While this task runs, the head of the next.
+  void begin_prefetch(const AttentionBackwardTask& task, const AttentionBackwardTask& next) {
+    int64_t steps = 1;
+    for (int64_t row = task.first_row; row < task.last_row; row += kBlockRows<T>) {
+      const int64_t here = least(kBlockRows<T>, task.last_row - row);
+      const Row ends[2] = {{p, sequence, kv_head, row}, {p, sequence, kv_head, row + here - 1}};
+      const Range tiles = visible_tiles(ends, 2);
+      steps += (tiles.last - tiles.first) * here;
+    }
+    const Sequence to(p, next.sequence);
+    const int64_t group = p.query_heads / p.kv_heads, head = next.kv_head * group;
+    this->prefetch.template add<scalar_t>(p.key, p.key_strides, to, next.kv_head, 1, to.first_key, to.keys, p.head_dim);
+    this->prefetch.template add<scalar_t>(p.value, p.value_strides, to, next.kv_head, 1, to.first_key, to.keys,
+                                          p.value_dim);
+    this->prefetch.template add<scalar_t>(p.query, p.query_strides, to, head, group, to.first_query, to.queries,
+                                          p.head_dim);
+    this->prefetch.template add<scalar_t>(p.out, p.out_strides, to, head, group, to.first_query, to.queries,
+                                          p.value_dim);
+    this->prefetch.template add<scalar_t>(p.grad_out, p.grad_out_strides, to, head, group, to.first_query, to.queries,
+                                          p.value_dim);
+    this->prefetch.begin(steps);
+  }
+
+  void pair_rows(const T* from, int64_t stride, int64_t columns, T* target) {
     if constexpr (kDepth<T> == 2) {
       for (int64_t row = 0; row < count; row += 2) {
         for (int64_t d = 0; d < columns; d += kLanes) {
-          store_interleaved(target + paired<T>(row, d, columns), from + row * columns + d,
-                            from + (row + 1) * columns + d);
+          store_interleaved(target + paired<T>(row, d, columns), from + row * stride + d,
+                            from + (row + 1) * stride + d);
         }
       }
     }
@@ -148,17 +200,15 @@ class Kernel : ScoreGradients<scalar_t> {
   void pack(int64_t tile) {
     if (this->pack_tile(tile)) {
       const int64_t key = tile * kKeyBlock, given = most<int64_t>(least(kKeyBlock, last_key - key), 0);
-      keys_finite[tile] =
-          pack_right(this->rows_from(keys, key), given, kKeyBlock, key_pairs + tile * kKeyBlock * width);
+      pack_right(this->rows_from(keys, key), given, round_up(given, kLanes), key_pairs + key * width);
     }
   }
 
   template <bool kGeneral>
-  void add_tile(const AttentionBackwardTask& task, int64_t tile) {
+  void add_tile(const AttentionBackwardTask& task, int64_t tile, bool careful) {
     Range all = {kKeyBlock, 0};
-    const int64_t padded = round_up(count, kDepth<T>);
-    for (int64_t row = 0; row < padded; row += kTileRows) {
-      const int64_t number = least<int64_t>(kTileRows, padded - row);
+    for (int64_t row = 0, number; row < count; row += number) {
+      number = this->rows_together(tile, row);
       const Range columns = this->template score_rows<kGeneral, false>(
           tile, row, number, [this](int64_t row, int64_t k, const Vector* weights, const Vector* grads) {
             keep_scores(row, k, weights, grads);
@@ -168,12 +218,12 @@ class Kernel : ScoreGradients<scalar_t> {
       if (!columns.empty()) {
         all = {least(all.first, columns.first), most(all.last, columns.last)};
         if (task.gradient_of_queries) {
-          add_queries(tile, row, number, columns);
+          add_queries(tile, row, number, columns, careful);
         }
       }
     }
     if (task.gradient_of_keys && !all.empty()) {
-      add_keys(tile, all);
+      add_keys(tile, all, careful);
     }
   }
 
@@ -200,10 +250,10 @@ class Kernel : ScoreGradients<scalar_t> {
     }
   }
 
-  void add_queries(int64_t tile, int64_t row, int64_t number, Range columns) {
+  void add_queries(int64_t tile, int64_t row, int64_t number, Range columns, bool careful) {
     float* sums = grad_queries + row * width;
     const T* grads = grad_score_rows + row * kKeyBlock;
-    if (keys_finite[tile]) {
+    if (!careful) {
       multiply<true>(number, LeftOperand<T>{grads + columns.first, kKeyBlock, kDepth<T>},
                      RightOperand<T>{key_pairs + (tile * kKeyBlock + columns.first) * width, width * kDepth<T>},
                      (columns.last - columns.first) / kDepth<T>, width / kLanes, sums, width);
@@ -217,11 +267,12 @@ class Kernel : ScoreGradients<scalar_t> {
     }
   }
 
-  void add_keys(int64_t tile, Range columns) {
+  void add_keys(int64_t tile, Range columns, bool careful) {
     const int64_t key = tile * kKeyBlock;
+    const int64_t together = this->seen_by_all(tile, 0, count) ? kKeyBlock : kTileRows;
     int64_t first = 0, last = 0;
-    for (int64_t k = columns.first; k < columns.last; k += kTileRows) {
-      const int64_t number = least<int64_t>(kTileRows, columns.last - k);
+    for (int64_t k = columns.first; k < columns.last; k += together) {
+      const int64_t number = least(together, columns.last - k);
       // The rows that see any of these keys lie between two that never go back.
       while (first < count && rows[first].end <= key + k) {
         ++first;
@@ -230,64 +281,73 @@ class Kernel : ScoreGradients<scalar_t> {
         ++last;
       }
       const Range seeing = {first / kDepth<T> * kDepth<T>, round_up(last, kDepth<T>)};
-      add_transposed(weight_pairs, this->grad_outs, grad_out_pairs, this->grad_outs_finite, value_width, seeing, k,
-                     number, grad_values + (key + k) * value_width);
-      add_transposed(grad_score_pairs, this->queries, query_pairs, this->queries_finite, width, seeing, k, number,
-                     grad_keys + (key + k) * width);
+      float* values = grad_values + (key + k) * value_width;
+      float* keys = grad_keys + (key + k) * width;
+      if (seeing.empty()) {
+        continue;
+      }
+      if (careful) {
+        add_rows(weight_pairs, k, number, this->grad_outs, value_row_width, value_width, seeing, values);
+        add_rows(grad_score_pairs, k, number, this->queries, row_width, width, seeing, keys);
+      } else {
+        add_product(weight_pairs, k, number, grad_out_pairs, value_width, seeing, values);
+        add_product(grad_score_pairs, k, number, query_pairs, width, seeing, keys);
+      }
     }
   }
 
   // sums (number, columns) += left[seeing, k to k + number]^T @ right[seeing].
-  void add_transposed(const T* left, const T* right_rows, const T* right_pairs, bool finite, int64_t columns,
-                      Range seeing, int64_t k, int64_t number, float* sums) {
-    if (seeing.empty()) {
-      return;
-    }
-    if (finite) {
-      multiply<true>(number,
-                     LeftOperand<T>{left + paired<T>(seeing.first, k, kKeyBlock), kDepth<T>, kKeyBlock * kDepth<T>},
-                     RightOperand<T>{right_pairs + seeing.first * columns, columns * kDepth<T>},
-                     (seeing.last - seeing.first) / kDepth<T>, columns / kLanes, sums, columns);
-      return;
-    }
+  void add_product(const T* left, int64_t k, int64_t number, const T* right, int64_t columns, Range seeing,
+                   float* sums) {
+    multiply<true>(number,
+                   LeftOperand<T>{left + paired<T>(seeing.first, k, kKeyBlock), kDepth<T>, kKeyBlock * kDepth<T>},
+                   RightOperand<T>{right + seeing.first * columns, columns * kDepth<T>},
+                   (seeing.last - seeing.first) / kDepth<T>, columns / kLanes, sums, columns);
+  }
+
+  // The same, carefully.
+  void add_rows(const T* left, int64_t k, int64_t number, const T* right, int64_t stride, int64_t columns, Range seeing,
+                float* sums) {
     for (int64_t i = 0; i < number; ++i) {
       for (int64_t row = seeing.first; row < seeing.last; ++row) {
-        add_row(to_float(left + paired<T>(row, k + i, kKeyBlock)), right_rows + row * columns, 1, columns,
+        add_row(to_float(left + paired<T>(row, k + i, kKeyBlock)), right + row * stride, 1, columns,
                 sums + i * columns);
       }
     }
   }
 
-  void write_queries() {
+  bool write_queries() {
+    bool finite = true;
     for (int64_t i = 0; i < count; ++i) {
-      write_row(grad_queries + i * width, p.scale, p.head_dim,
-                static_cast<scalar_t*>(p.grad_query) + this->offset(rows[i], p.grad_query_strides),
-                p.grad_query_strides[3]);
+      finite &= write_row(grad_queries + i * width, p.scale, p.head_dim,
+                          static_cast<scalar_t*>(p.grad_query) + this->offset(rows[i], p.grad_query_strides),
+                          p.grad_query_strides[3]);
     }
+    return finite;
   }
 
-  void write_keys(const AttentionBackwardTask& task) {
+  bool write_keys(int64_t tile) {
     const auto address = [&](void* tensor, const int64_t (&strides)[4], int64_t key) {
       return static_cast<scalar_t*>(tensor) + sequence.storage * strides[0] + kv_head * strides[1] +
              (sequence.first_key + key) * strides[2];
     };
-    const int64_t last = least(task.last_tile * kKeyBlock, sequence.keys);
-    for (int64_t key = task.first_tile * kKeyBlock; key < last; ++key) {
-      write_row(grad_keys + key * width, p.scale, p.head_dim, address(p.grad_key, p.grad_key_strides, key),
-                p.grad_key_strides[3]);
-      write_row(grad_values + key * value_width, 1.0f, p.value_dim, address(p.grad_value, p.grad_value_strides, key),
-                p.grad_value_strides[3]);
+    bool finite = true;
+    for (int64_t key = tile * kKeyBlock; key < least((tile + 1) * kKeyBlock, sequence.keys); ++key) {
+      finite &= write_row(grad_keys + key * width, p.scale, p.head_dim, address(p.grad_key, p.grad_key_strides, key),
+                          p.grad_key_strides[3]);
+      finite &= write_row(grad_values + key * value_width, 1.0f, p.value_dim,
+                          address(p.grad_value, p.grad_value_strides, key), p.grad_value_strides[3]);
     }
+    return finite;
   }
 
-  void add_mask(int64_t tile, bool has_row, bool has_key) {
-    const int64_t padded = round_up(count, kDepth<T>);
-    for (int64_t first = 0; first < padded; first += kTileRows) {
+  void add_mask(int64_t tile, int64_t start, bool has_row, bool has_key) {
+    for (int64_t first = 0, number; first < count; first += number) {
+      number = this->rows_together(tile, first);
       this->template score_rows<true, true>(
-          tile, first, least<int64_t>(kTileRows, padded - first),
-          [&](int64_t row, int64_t k, const Vector*, const Vector* grads) {
+          tile, first, number, [&](int64_t row, int64_t k, const Vector*, const Vector* grads) {
             for (int64_t i = 0; i < kDepth<T>; ++i) {
-              const int64_t at = (has_row ? row + i : 0) * kKeyBlock + (has_key ? k : 0);
+              const int64_t at = (has_row ? start + row + i : 0) * kKeyBlock + (has_key ? k : 0);
               const Vector old = load(mask_sums + at), addend = grads[i] - load(mask_errors + at), sum = old + addend;
               store(mask_errors + at, (sum - old) - addend);
               store(mask_sums + at, sum);
@@ -317,10 +377,9 @@ class Kernel : ScoreGradients<scalar_t> {
   T* grad_score_pairs;  // (kBlockRows / kDepth, kKeyBlock, kDepth)
   T* grad_score_rows;   // (kBlockRows, kKeyBlock)
   T* key_pairs;         // (tiles, kKeyBlock / kDepth, width, kDepth)
-  bool* keys_finite;    // (tiles)
   float* grad_keys;     // (tiles, kKeyBlock, width)
   float* grad_values;   // (tiles, kKeyBlock, value_width)
-  float* mask_sums;     // (kBlockRows, kKeyBlock) of the mask's gradient; without a key axis one vector per row
+  float* mask_sums;     // (kBackwardBlockRows, kKeyBlock) of the mask's gradient; without a key axis one vector per row
   float* mask_errors;   // of the sums
 };
 
@@ -337,8 +396,9 @@ int64_t workspace_bytes(const AttentionBackwardParams& p) {
   return with_type(p.dtype, [&](auto type) { return Kernel<decltype(type)>(p, Scratch(nullptr)).bytes; });
 }
 
-void run(const AttentionBackwardParams& p, const AttentionBackwardTask& task, void* workspace) {
-  with_type(p.dtype, [&](auto type) { Kernel<decltype(type)>(p, Scratch(workspace)).run(task); });
+void run(const AttentionBackwardParams& p, const AttentionBackwardTask& task, const AttentionBackwardTask* next,
+         void* workspace) {
+  with_type(p.dtype, [&](auto type) { Kernel<decltype(type)>(p, Scratch(workspace)).run(task, next); });
 }
 
 void run_mask(const AttentionBackwardParams& p, const MaskGradientTask& task, void* workspace) {

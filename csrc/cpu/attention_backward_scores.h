@@ -8,11 +8,17 @@
 #include "attention_pack.h"
 #include "attention_rows.h"
 #include "attention_scores.h"
+#include "attention_tasks.h"
 #include "tile_product.h"
 
 namespace gpt4fast::cpu::GPT4FAST_LEVEL {
 
-inline constexpr int64_t kBlockRows = kBackwardBlockRows;
+// Rows that the gradients of keys and values are summed over at a time. In float32 the sum of half of them has a
+// rounding error like that of torch; in bfloat16 the error is of other things.
+template <typename T>
+inline constexpr int64_t kBlockRows = kDepth<T> == 1 ? kBackwardBlockRows / 2 : kBackwardBlockRows;
+
+inline constexpr int64_t kGroupRows = 24;  // whose scores and their gradients, 2 x 6 KiB, stay in L1
 
 inline int64_t tiles_of(const AttentionParams& p) {
   int64_t keys = 0;
@@ -56,27 +62,29 @@ class ScoreGradients {
         value_depth(padded_depth<T>(params.value_dim)),
         width(padded_columns(params.head_dim)),
         value_width(padded_columns(params.value_dim)),
+        row_width(round_up(params.head_dim, kLanes * kDepth<T>)),
+        value_row_width(round_up(params.value_dim, kLanes * kDepth<T>)),
         dropout(params) {
     const int64_t tiles = tiles_of(p);
-    scratch.take(rows, kBlockRows);
-    scratch.take(levels, kBlockRows);
-    scratch.take(deltas, kBlockRows);
-    scratch.take(queries, kBlockRows * width);
-    scratch.take(grad_outs, kBlockRows * value_width);
-    scratch.take(out, value_width);
-    float** const of_few_rows[] = {&products, &grad_products, &bias, &cap_slopes, &kept};
-    for (float** floats : of_few_rows) {
-      scratch.take(*floats, kTileRows * kKeyBlock);
+    scratch.take(rows, kBlockRows<T>);
+    scratch.take(levels, kBlockRows<T>);
+    scratch.take(deltas, kBlockRows<T>);
+    scratch.take(queries, kBlockRows<T> * row_width);
+    scratch.take(grad_outs, kBlockRows<T> * value_row_width);
+    scratch.take(out, value_row_width);
+    float** const of_groups[] = {&products, &grad_products, &bias, &cap_slopes, &kept};
+    for (float** floats : of_groups) {
+      scratch.take(*floats, kGroupRows * kKeyBlock);
     }
     scratch.take(keys_transposed, tiles * depth * kKeyBlock);
     scratch.take(values_transposed, tiles * value_depth * kKeyBlock);
-    scratch.take(tile_states, tiles);
+    scratch.take(is_packed, tiles);
   }
 
   void begin_head(const Sequence& of_sequence, int64_t of_head) {
     sequence = of_sequence;
     kv_head = of_head;
-    std::memset(tile_states, 0, static_cast<size_t>((sequence.keys + kKeyBlock - 1) / kKeyBlock));
+    std::memset(is_packed, 0, static_cast<size_t>((sequence.keys + kKeyBlock - 1) / kKeyBlock));
     keys = {static_cast<const scalar_t*>(p.key) + sequence.storage * p.key_strides[0] + kv_head * p.key_strides[1] +
                 sequence.first_key * p.key_strides[2],
             p.key_strides[2], p.key_strides[3], p.head_dim};
@@ -90,40 +98,36 @@ class ScoreGradients {
   }
 
   // Rows first, first + step, ... of the queries * Hq / Hk rows that share the key/value head. A pair is filled up with
-  // a row that sees nothing.
+  // a row that sees nothing. Such a row has no gradients, whatever is in it: all of it is 0 here.
   void begin_rows(int64_t first, int64_t step, int64_t given) {
     count = given;
-    Vector query_zeros = {}, grad_zeros = {};  // NaN where a number is infinite or NaN
+    has_blind_rows = false;
     for (int64_t i = 0; i < round_up(given, kDepth<T>); ++i) {
-      T* query = queries + i * width;
-      T* grad_out = grad_outs + i * value_width;
+      T* query = queries + i * row_width;
+      T* grad_out = grad_outs + i * value_row_width;
       Row& row = rows[i];
       row = i < given ? Row(p, sequence, kv_head, first + i * step) : rows[i - 1];
       const int64_t at = sequence.first_query + row.query;
       const float lse = p.lse[(sequence.storage * p.query_heads + row.head) * p.query_length + at];
       if (i == given || row.begin >= row.end || lse == -kInfinity) {
         row.begin = row.end = i == 0 ? 0 : rows[i - 1].begin;  // from row to row begin never decreases
+        has_blind_rows = true;
         levels[i] = -kInfinity;
         deltas[i] = 0.0f;
-        std::memset(query, 0, static_cast<size_t>(width) * sizeof(T));
-        std::memset(grad_out, 0, static_cast<size_t>(value_width) * sizeof(T));
+        std::memset(query, 0, static_cast<size_t>(row_width) * sizeof(T));
+        std::memset(grad_out, 0, static_cast<size_t>(value_row_width) * sizeof(T));
         continue;
       }
       levels[i] = -lse;
       pack_row(static_cast<const scalar_t*>(p.query) + offset(row, p.query_strides), p.query_strides[3], p.head_dim,
-               width, query);
+               row_width, query);
       pack_row(static_cast<const scalar_t*>(p.grad_out) + offset(row, p.grad_out_strides), p.grad_out_strides[3],
-               p.value_dim, value_width, grad_out);
+               p.value_dim, value_row_width, grad_out);
       pack_row(static_cast<const scalar_t*>(p.out) + offset(row, p.out_strides), p.out_strides[3], p.value_dim,
-               value_width, out);
-      for (int64_t d = 0; d < width; d += kLanes) {
-        query_zeros = query_zeros + load(query + d) * 0.0f;
-      }
+               value_row_width, out);
       Vector delta = {};
-      for (int64_t d = 0; d < value_width; d += kLanes) {
-        const Vector grad = load(grad_out + d);
-        grad_zeros = grad_zeros + grad * 0.0f;
-        delta = multiply_add(grad, load(out + d), delta);
+      for (int64_t d = 0; d < value_row_width; d += kLanes * kDepth<T>) {
+        delta = Product<T>::add(Product<T>::load(grad_out + d), Product<T>::load(out + d), delta);
       }
       deltas[i] = sum(delta);
       if (p.grad_lse) {
@@ -131,8 +135,6 @@ class ScoreGradients {
                                 at * p.grad_lse_strides[2]];
       }
     }
-    queries_finite = sum(query_zeros) == 0.0f;
-    grad_outs_finite = sum(grad_zeros) == 0.0f;
   }
 
   int64_t offset(const Row& row, const int64_t (&strides)[4]) const {
@@ -141,10 +143,10 @@ class ScoreGradients {
 
   // Once per head: all blocks of rows share it. Returns whether that was now.
   bool pack_tile(int64_t tile) {
-    if (tile_states[tile] != 0) {
+    if (is_packed[tile]) {
       return false;
     }
-    tile_states[tile] = 1;
+    is_packed[tile] = true;
     const int64_t key = tile * kKeyBlock, count = most<int64_t>(least(kKeyBlock, last_key - key), 0);
     pack_transposed(rows_from(keys, key), count, keys_transposed + tile * depth * kKeyBlock);
     pack_transposed(rows_from(values, key), count, values_transposed + tile * value_depth * kKeyBlock);
@@ -156,6 +158,32 @@ class ScoreGradients {
     return all;
   }
 
+  // Where no row is blind, begin and end never decrease from row to row.
+  Range seen_by_any(int64_t tile, int64_t first, int64_t number) const {
+    if (has_blind_rows) {
+      return visible_columns(rows + first, number, tile * kKeyBlock);
+    }
+    Row bounds = rows[first];
+    bounds.end = rows[first + number - 1].end;
+    return visible_columns(bounds, tile * kKeyBlock);
+  }
+
+  // Whether each of the rows sees the whole tile.
+  bool seen_by_all(int64_t tile, int64_t first, int64_t number) const {
+    const int64_t key = tile * kKeyBlock;
+    if (has_blind_rows) {
+      return all_see_all(rows + first, number, key);
+    }
+    return rows[first + number - 1].begin <= key && key + kKeyBlock <= rows[first].end;
+  }
+
+  // How many rows from `first` on to take together: a group where all see the whole tile, else a few, which see about
+  // the same.
+  int64_t rows_together(int64_t tile, int64_t first) const {
+    const int64_t left = round_up(count, kDepth<T>) - first, group = least(kGroupRows, left);
+    return seen_by_all(tile, first, group) ? group : least<int64_t>(kTileRows, left);
+  }
+
   // Computes weights, with dropout, and gradients of scores of `number` rows from `first` on, whole pairs, and calls
   // emit(row, column, weights, grads) with a vector of each of a pair's rows. kCapped: gradients of the scores after
   // the soft cap, where a mask is added, else of the products query . key but for the scale. Returns the columns
@@ -163,7 +191,7 @@ class ScoreGradients {
   template <bool kGeneral, bool kCapped, typename Emit>
   Range score_rows(int64_t tile, int64_t first, int64_t number, Emit emit) {
     const int64_t key = tile * kKeyBlock;
-    const Range seen = visible_columns(rows + first, number, key);
+    const Range seen = seen_by_any(tile, first, number);
     if (seen.empty()) {
       return {0, 0};
     }
@@ -179,16 +207,17 @@ class ScoreGradients {
     }
     const int64_t vectors = (columns.last - columns.first) / kLanes;
     multiply<false>(
-        number, LeftOperand<T>{queries + first * width, width, kDepth<T>},
+        number, LeftOperand<T>{queries + first * row_width, row_width, kDepth<T>},
         RightOperand<T>{keys_transposed + tile * depth * kKeyBlock + columns.first * kDepth<T>, kKeyBlock * kDepth<T>},
         depth / kDepth<T>, vectors, products + columns.first, kKeyBlock);
-    multiply<false>(number, LeftOperand<T>{grad_outs + first * value_width, value_width, kDepth<T>},
+    multiply<false>(number, LeftOperand<T>{grad_outs + first * value_row_width, value_row_width, kDepth<T>},
                     RightOperand<T>{values_transposed + tile * value_depth * kKeyBlock + columns.first * kDepth<T>,
                                     kKeyBlock * kDepth<T>},
                     value_depth / kDepth<T>, vectors, grad_products + columns.first, kKeyBlock);
-    const bool seen_by_all = all_see_all(rows + first, number, key);
+    const bool whole = seen_by_all(tile, first, number);
     for (int64_t i = 0; i < number; i += kDepth<T>) {
-      if (seen_by_all) {
+      prefetch.step(kDepth<T>);
+      if (whole) {
         soften<kGeneral, kCapped, true>(key, {0, kKeyBlock}, first, i, emit);
       } else {
         soften<kGeneral, kCapped, false>(key, columns, first, i, emit);
@@ -198,24 +227,27 @@ class ScoreGradients {
   }
 
   const AttentionBackwardParams& p;
-  const int64_t depth, value_depth, width, value_width;
+  const int64_t depth, value_depth;          // of products over D and Dv
+  const int64_t width, value_width;          // of products whose results have these columns
+  const int64_t row_width, value_row_width;  // of rows that are read in whole vectors
   Dropout dropout;
+  Prefetch prefetch;
 
   Sequence sequence{};
   int64_t kv_head = 0, last_key = 0;
   Rows<scalar_t> keys, values;
   T* keys_transposed;    // (tiles, padded_depth(D) / kDepth, kKeyBlock, kDepth)
   T* values_transposed;  // (tiles, padded_depth(Dv) / kDepth, kKeyBlock, kDepth)
-  uint8_t* tile_states;  // (tiles), 1: packed
+  bool* is_packed;       // (tiles)
 
   int64_t count = 0;
-  bool queries_finite = true, grad_outs_finite = true;
+  bool has_blind_rows = false;
   Row* rows;      // (kBlockRows)
   float* levels;  // (kBlockRows), what is added to the scores before exp: the weights sum to 1
   float* deltas;  // (kBlockRows), what is subtracted from the weights' gradients
-  T* queries;     // (kBlockRows, width)
-  T* grad_outs;   // (kBlockRows, value_width)
-  T* out;         // (value_width), of the row at hand
+  T* queries;     // (kBlockRows, row_width)
+  T* grad_outs;   // (kBlockRows, value_row_width)
+  T* out;         // (value_row_width), of the row at hand
 
  private:
   // Turns products query . key into weights, and products grad_out . value into the scores' gradients.
@@ -272,7 +304,7 @@ class ScoreGradients {
     }
   }
 
-  // Of a few rows, (kTileRows, kKeyBlock):
+  // Of a group of rows, (kGroupRows, kKeyBlock):
   float* products;       // query . key, then scores
   float* grad_products;  // grad_out . value
   float* bias;

@@ -65,12 +65,12 @@ inline void pack_left(Rows<scalar_t> source, int64_t count, T* target) {
 }
 
 // Right operand of a product over the rows' numbers (query @ key^T): (padded_depth / kDepth, kKeyBlock, kDepth), rows
-// past count are zeros. What moves is kDepth numbers at once, in 32 bits.
+// past count are zeros in whole vectors and then not written. What moves is kDepth numbers at once, in 32 bits.
 template <typename T, typename scalar_t>
 inline void pack_transposed(Rows<scalar_t> source, int64_t count, T* target) {
   constexpr int64_t kStep = kLanes * kDepth<T>;  // numbers of a row that one vector holds
   const int64_t depth = padded_depth<T>(source.columns);
-  for (int64_t key = 0; key < kKeyBlock; key += kLanes) {
+  for (int64_t key = 0; key < count; key += kLanes) {
     for (int64_t d = 0; d < depth; d += kStep) {
       const int64_t width = least(kStep, depth - d);
       Vector block[kLanes];
@@ -99,11 +99,10 @@ inline void pack_transposed(Rows<scalar_t> source, int64_t count, T* target) {
 }
 
 // Right operand of a product over the rows (weights @ value): (height / kDepth, padded_columns, kDepth), rows past
-// count are zeros up to height. Returns whether all numbers are finite.
+// count are zeros up to height.
 template <typename T, typename scalar_t>
-inline bool pack_right(Rows<scalar_t> source, int64_t count, int64_t height, T* target) {
+inline void pack_right(Rows<scalar_t> source, int64_t count, int64_t height, T* target) {
   const int64_t width = padded_columns(source.columns);
-  Vector zeros = {};  // NaN where a number is infinite or NaN
   for (int64_t row = 0; row < height; row += kDepth<T>) {
     for (int64_t d = 0; d < width; d += kLanes) {
       T copies[kDepth<T>][kLanes];
@@ -119,7 +118,6 @@ inline bool pack_right(Rows<scalar_t> source, int64_t count, int64_t height, T* 
         } else {
           store(copies[i], load(from));
         }
-        zeros = zeros + load(numbers[i]) * 0.0f;
       }
       T* to = target + row * width + d * kDepth<T>;
       if constexpr (kDepth<T> == 1) {
@@ -129,7 +127,6 @@ inline bool pack_right(Rows<scalar_t> source, int64_t count, int64_t height, T* 
       }
     }
   }
-  return sum(zeros) == 0.0f;
 }
 
 }  // namespace gpt4fast::cpu::GPT4FAST_LEVEL

@@ -50,46 +50,70 @@ class Prefetch {
 
   // Spreads the keys, values and queries of a task's head over this many steps.
   template <typename scalar_t>
-  Prefetch(const AttentionParams& p, const Task& task, int64_t steps, const scalar_t*)
-      : operands_{operand<scalar_t>(p.key, p.key_strides, task, task.kv_head, task.sequence.first_key, p.head_dim),
-                  operand<scalar_t>(p.value, p.value_strides, task, task.kv_head, task.sequence.first_key, p.value_dim),
-                  operand<scalar_t>(p.query, p.query_strides, task, task.kv_head * (p.query_heads / p.kv_heads),
-                                    task.sequence.first_query, p.head_dim)},
-        rows_{task.sequence.keys, task.sequence.keys, task.sequence.queries} {
-    const int64_t rows = least(most(task.sequence.keys, task.sequence.queries), kMostRows);
-    last_ = rows;
-    rows_per_step_ = (rows + steps - 1) / steps;
+  Prefetch(const AttentionParams& p, const Task& task, int64_t steps, const scalar_t*) {
+    const Sequence& sequence = task.sequence;
+    const int64_t group = p.query_heads / p.kv_heads;
+    add<scalar_t>(p.key, p.key_strides, sequence, task.kv_head, 1, sequence.first_key, sequence.keys, p.head_dim);
+    add<scalar_t>(p.value, p.value_strides, sequence, task.kv_head, 1, sequence.first_key, sequence.keys, p.value_dim);
+    add<scalar_t>(p.query, p.query_strides, sequence, task.kv_head * group, group, sequence.first_query,
+                  sequence.queries, p.head_dim);
+    begin(steps);
   }
 
-  void step() {
-    for (const int64_t stop = least(next_ + rows_per_step_, last_); next_ < stop; ++next_) {
-      for (int i = 0; i < 3; ++i) {
-        for (int64_t byte = 0; next_ < rows_[i] && byte < operands_[i].bytes; byte += 64) {
-          __builtin_prefetch(operands_[i].data + next_ * operands_[i].stride + byte, 0, 2);
+  // The rows [first, first + rows) of some heads of a tensor (., heads, rows, columns).
+  template <typename scalar_t>
+  void add(const void* data, const int64_t (&strides)[4], const Sequence& sequence, int64_t head, int64_t heads,
+           int64_t first, int64_t rows, int64_t columns) {
+    const auto size = static_cast<int64_t>(sizeof(scalar_t));
+    const int64_t offset = sequence.storage * strides[0] + head * strides[1] + first * strides[2];
+    operands_[count_++] = {static_cast<const char*>(data) + size * offset,
+                           size * strides[2],
+                           rows,
+                           size * strides[1],
+                           heads,
+                           strides[3] == 1 ? size * columns : 0};
+  }
+
+  // Spreads what was added over this many steps.
+  void begin(int64_t steps) {
+    int64_t bytes = 1, rows = 0;
+    for (int i = 0; i < count_; ++i) {
+      bytes += operands_[i].heads * operands_[i].bytes;
+      rows = most(rows, operands_[i].rows);
+    }
+    last_ = least(rows, kMostBytes / bytes);
+    rows_per_step_ = static_cast<double>(last_) / static_cast<double>(steps);
+  }
+
+  void step(int64_t steps = 1) {
+    due_ += static_cast<double>(steps) * rows_per_step_;
+    for (const int64_t stop = least(static_cast<int64_t>(due_) + 1, last_); next_ < stop; ++next_) {
+      for (int i = 0; i < count_; ++i) {
+        const Operand& operand = operands_[i];
+        const char* row = operand.data + next_ * operand.row_stride;
+        for (int64_t head = 0; next_ < operand.rows && head < operand.heads; ++head, row += operand.head_stride) {
+          for (int64_t byte = 0; byte < operand.bytes; byte += 64) {
+            __builtin_prefetch(row + byte, 0, 2);
+          }
         }
       }
     }
   }
 
  private:
-  static constexpr int64_t kMostRows = 512;  // with 64 floats each, three operands fill 384 KiB of L2
+  static constexpr int64_t kMostBytes = 384 << 10;  // of a L2 of 1 MiB
 
   struct Operand {
     const char* data;
-    int64_t stride, bytes;
+    int64_t row_stride, rows;
+    int64_t head_stride, heads;
+    int64_t bytes;  // of a row of one head
   };
 
-  template <typename scalar_t>
-  static Operand operand(const void* data, const int64_t (&strides)[4], const Task& task, int64_t head, int64_t first,
-                         int64_t columns) {
-    const auto size = static_cast<int64_t>(sizeof(scalar_t));
-    const int64_t offset = task.sequence.storage * strides[0] + head * strides[1] + first * strides[2];
-    return {static_cast<const char*>(data) + size * offset, size * strides[2], strides[3] == 1 ? size * columns : 0};
-  }
-
-  Operand operands_[3] = {};
-  int64_t rows_[3] = {};
-  int64_t next_ = 0, last_ = 0, rows_per_step_ = 0;
+  Operand operands_[5] = {};
+  int count_ = 0;
+  int64_t next_ = 0, last_ = 0;
+  double due_ = 0, rows_per_step_ = 0;
 };
 
 }  // namespace gpt4fast::cpu::GPT4FAST_LEVEL

@@ -101,41 +101,52 @@ template <int kRows, int kVectors, bool kAdd, typename T>
   }
 }
 
-template <int kRows, bool kAdd, typename T>
-void multiply_columns(LeftOperand<T> a, RightOperand<T> b, int64_t steps, int64_t vectors, float* c, int64_t c_row) {
+// Tiles below one another share the right operand, and the call: that takes as long as an eighth of a small tile.
+template <int kVectors, bool kAdd, typename T>
+void multiply_rows(int64_t rows, LeftOperand<T> a, RightOperand<T> b, int64_t steps, float* c, int64_t c_row) {
+  for (; rows >= kTileRows; rows -= kTileRows) {
+    multiply_tile<kTileRows, kVectors, kAdd>(a, b, steps, c, c_row);
+    a.data += kTileRows * a.row;
+    c += kTileRows * c_row;
+  }
+  switch (rows) {
+    case 1: return multiply_tile<1, kVectors, kAdd>(a, b, steps, c, c_row);
+    case 2: return multiply_tile<2, kVectors, kAdd>(a, b, steps, c, c_row);
+    case 3: return multiply_tile<3, kVectors, kAdd>(a, b, steps, c, c_row);
+    default:
+      if constexpr (kTileRows == 6) {
+        if (rows == 4) {
+          multiply_tile<4, kVectors, kAdd>(a, b, steps, c, c_row);
+        } else if (rows == 5) {
+          multiply_tile<5, kVectors, kAdd>(a, b, steps, c, c_row);
+        }
+      }
+  }
+}
+
+// C (rows, vectors * kLanes columns) = or, with kAdd, += A @ B over steps * kDepth of depth. The product is summed by
+// itself and then added: rounding errors grow with the number of tiles instead of that of their rows.
+template <bool kAdd, typename T>
+void multiply(int64_t rows, LeftOperand<T> a, RightOperand<T> b, int64_t steps, int64_t vectors, float* c,
+              int64_t c_row) {
   // As many equal parts as the registers demand: of 5 vectors 3 and 2, since a part of 1 would wait for its own sums.
   for (int64_t parts = (vectors + kTileVectors - 1) / kTileVectors; parts > 0; --parts) {
     const int64_t count = (vectors + parts - 1) / parts;
     switch (count) {
-      case 1: multiply_tile<kRows, 1, kAdd>(a, b, steps, c, c_row); break;
-      case 2: multiply_tile<kRows, 2, kAdd>(a, b, steps, c, c_row); break;
+      case 1: multiply_rows<1, kAdd>(rows, a, b, steps, c, c_row); break;
+      case 2: multiply_rows<2, kAdd>(rows, a, b, steps, c, c_row); break;
       default:
         if constexpr (kTileVectors == 4) {
           if (count == 3) {
-            multiply_tile<kRows, 3, kAdd>(a, b, steps, c, c_row);
+            multiply_rows<3, kAdd>(rows, a, b, steps, c, c_row);
           } else {
-            multiply_tile<kRows, 4, kAdd>(a, b, steps, c, c_row);
+            multiply_rows<4, kAdd>(rows, a, b, steps, c, c_row);
           }
         }
     }
     b.data += count * kLanes * Product<T>::kDepth;
     c += count * kLanes;
     vectors -= count;
-  }
-}
-
-// C (rows <= kTileRows, vectors * kLanes columns) = or, with kAdd, += A @ B over steps * kDepth of depth. The product is
-// summed by itself and then added: rounding errors grow with the number of tiles instead of that of their rows.
-template <bool kAdd, typename T>
-void multiply(int64_t rows, LeftOperand<T> a, RightOperand<T> b, int64_t steps, int64_t vectors, float* c,
-              int64_t c_row) {
-  switch (rows) {
-    case 1: return multiply_columns<1, kAdd>(a, b, steps, vectors, c, c_row);
-    case 2: return multiply_columns<2, kAdd>(a, b, steps, vectors, c, c_row);
-    case 3: return multiply_columns<3, kAdd>(a, b, steps, vectors, c, c_row);
-    case 4: return multiply_columns<4, kAdd>(a, b, steps, vectors, c, c_row);
-    case 5: return multiply_columns<5, kAdd>(a, b, steps, vectors, c, c_row);
-    default: return multiply_columns<kTileRows, kAdd>(a, b, steps, vectors, c, c_row);
   }
 }
 
