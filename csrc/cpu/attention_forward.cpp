@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "attention_arguments.h"
+#include "attention_decode.h"
 #include "cpu_level.h"
 
 namespace gpt4fast::cpu {
@@ -18,6 +19,24 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
+
+// Up to this many rows that share a key/value head, packing the keys costs more than it saves: the decoding kernel
+// is 1.3 to 3 times as fast for one row, 1.2 to 1.4 for 16, and even for 32 to 64, in any dtype (Zen 5).
+constexpr int64_t kFewRows = 32;
+
+bool suits_decoding(const AttentionForwardParams& p) {
+  const int64_t rows = p.query_length * (p.query_heads / p.kv_heads);
+  return rows <= kFewRows && p.kv_length > 0 && !p.mask && p.dropout_p == 0 && !p.cu_seqlens_q;
+}
+
+void decode(const AttentionForwardParams& p, const Tensor& query) {
+  AttentionDecodeParams decoding{};
+  static_cast<AttentionForwardParams&>(decoding) = p;
+  decoding.cache_dtype = p.dtype;
+  decoding.block_size = p.kv_length;
+  decoding.blocks_per_row = 1;
+  run_attention_decode(decoding, query);
+}
 
 std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const Tensor& value,
                                    const Optional& attn_mask, double dropout_p, const Optional& dropout_seed,
@@ -35,7 +54,9 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const
   p.out = out.mutable_data_ptr();
   copy_strides(out, p.out_strides);
   p.lse = lse.mutable_data_ptr<float>();
-  if (lse.numel() > 0) {
+  if (lse.numel() > 0 && suits_decoding(p)) {
+    decode(p, query);
+  } else if (lse.numel() > 0) {
     const AttentionForwardKernel& kernel = active_attention_forward_kernel();
     const int64_t threads =
         threads_for(double(lse.numel()) * double(p.kv_length + 1) * double(p.head_dim + p.value_dim + 1));

@@ -555,8 +555,8 @@ def test_packed_sequences(heads, dtype):
             inputs = [query[:, :, rows], key[:, :, columns], value[:, :, columns], grad_out[:, :, rows]]
             for whole, part, places in zip(alone, gradients(*inputs, **one), (rows, columns, columns), strict=True):
                 whole[:, :, places] = part
-        for ours, theirs in zip(packed, alone, strict=True):
-            assert torch.equal(ours, theirs)
+        for ours, theirs in zip(packed, alone, strict=True):  # the outputs of short sequences come from another kernel
+            assert (ours - theirs).float().norm() <= 4 * torch.finfo(dtype).eps * theirs.float().norm()
     # Dropout counts inside each sequence, as the forward pass does: its saved output is what the gradients belong to.
     option = {"dropout_p": 0.4, "dropout_seed": torch.tensor([5]), "is_causal": True}
     whole = query[:, :, :130], key[:, :, :130], value[:, :, :130], grad_out[:, :, :130]
