@@ -1,9 +1,7 @@
 // The operator gpt4fast::attention_backward on a CPU.
 #include "attention_backward.h"
 
-#include <algorithm>
 #include <atomic>
-#include <cstring>
 #include <tuple>
 #include <vector>
 
@@ -12,6 +10,7 @@
 
 #include "../common/checks.h"
 #include "../common/dtypes.h"
+#include "../common/empty.h"
 #include "attention_arguments.h"
 #include "attention_backward_plan.h"
 #include "cpu_level.h"
@@ -19,6 +18,7 @@
 namespace gpt4fast::cpu {
 
 GPT4FAST_KERNEL_OF_LEVELS(AttentionBackwardKernel, attention_backward_kernel)
+GPT4FAST_KERNEL_OF_LEVELS(MaskGradientKernel, mask_gradient_kernel)
 
 namespace {
 
@@ -68,26 +68,36 @@ Tensor empty_gradient(const Tensor& of, bool is_covered, void*& data, int64_t (&
   return gradient;
 }
 
-// Runs all tasks on torch's threads, each of which takes the next one when it has finished the last.
-void run(const AttentionBackwardParams& p, const std::vector<AttentionBackwardTask>& tasks,
-         const std::vector<MaskGradientTask>& mask_tasks, int64_t threads, const Tensor& like) {
-  const AttentionBackwardKernel& kernel = active_attention_backward_kernel();
-  const int64_t bytes = kernel.workspace(p);
-  const Tensor workspace = torch::stable::new_empty(like, {threads, bytes}, ScalarType::Byte);
+// Calls use(task, the task after it, memory), with scratch memory of so many bytes, for all tasks: each of torch's
+// threads takes the next one when it has finished the last.
+template <typename Use>
+void share(int64_t tasks, int64_t threads, int64_t bytes, Use use) {
+  const Tensor workspace = empty_on_cpu<2>({threads, bytes}, ScalarType::Byte);
   char* memory = static_cast<char*>(workspace.mutable_data_ptr());
-  std::atomic<size_t> next{0};
+  std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t thread = begin; thread < end; ++thread) {
-      for (size_t i = next++; i < tasks.size() + mask_tasks.size(); i = next++) {
-        if (i < tasks.size()) {
-          const size_t following = next;
-          kernel.run(p, tasks[i], following < tasks.size() ? &tasks[following] : nullptr, memory + thread * bytes);
-        } else {
-          kernel.run_mask(p, mask_tasks[i - tasks.size()], memory + thread * bytes);
-        }
+      for (int64_t task = next++; task < tasks; task = next++) {
+        use(task, next.load(), memory + thread * bytes);
       }
     }
   });
+}
+
+void run(const AttentionBackwardParams& p, int64_t threads) {
+  const AttentionBackwardKernel& kernel = active_attention_backward_kernel();
+  const std::vector<AttentionBackwardTask> tasks = plan_backward(p, threads);
+  const auto count = static_cast<int64_t>(tasks.size());
+  share(count, threads, kernel.workspace(p), [&](int64_t task, int64_t next, void* workspace) {
+    kernel.run(p, tasks[task], next < count ? &tasks[next] : nullptr, workspace);
+  });
+}
+
+void run_mask(const AttentionBackwardParams& p, const Tensor& grad_mask, int64_t threads) {
+  const MaskGradientKernel& kernel = active_mask_gradient_kernel();
+  const std::vector<MaskGradientTask> tasks = plan_mask(p, grad_mask.size(0), grad_mask.size(1));
+  share(static_cast<int64_t>(tasks.size()), threads, kernel.workspace(p),
+        [&](int64_t task, int64_t, void* workspace) { kernel.run(p, tasks[task], workspace); });
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
@@ -117,17 +127,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     mask_shape = {attn_mask->size(0), attn_mask->size(1), attn_mask->size(2), attn_mask->size(3)};
   }
   const Tensor grad_mask = torch::stable::new_empty(query, mask_shape, ScalarType::Float);
-  std::vector<MaskGradientTask> mask_tasks;
+  const int64_t threads = threads_for(double(lse.numel()) * double(p.kv_length + 1) *
+                                      (3.0 * double(p.head_dim) + 2.0 * double(p.value_dim) + 1.0));
+  run(p, threads);
   if (needs_mask_grad) {
     p.grad_mask = grad_mask.mutable_data_ptr<float>();
     for (int64_t axis = 0; axis < 4; ++axis) {
       p.grad_mask_strides[axis] = grad_mask.size(axis) == 1 ? 0 : grad_mask.stride(axis);
     }
-    mask_tasks = plan_mask(p, grad_mask.size(0), grad_mask.size(1));
+    run_mask(p, grad_mask, threads);
   }
-  const int64_t threads = threads_for(double(lse.numel()) * double(p.kv_length + 1) *
-                                      (3.0 * double(p.head_dim) + 2.0 * double(p.value_dim) + 1.0));
-  run(p, plan_backward(p, threads), mask_tasks, threads, query);
   return {grad_query, grad_key, grad_value, grad_mask};
 }
 

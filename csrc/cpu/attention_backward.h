@@ -33,7 +33,11 @@ struct AttentionBackwardKernel {
   // next is a task that is likely to follow, or null.
   void (*run)(const AttentionBackwardParams&, const AttentionBackwardTask&, const AttentionBackwardTask* next,
               void* workspace);
-  void (*run_mask)(const AttentionBackwardParams&, const MaskGradientTask&, void* workspace);
+};
+
+struct MaskGradientKernel {
+  int64_t (*workspace)(const AttentionBackwardParams&);
+  void (*run)(const AttentionBackwardParams&, const MaskGradientTask&, void* workspace);
 };
 
 }  // namespace gpt4fast::cpu

@@ -11,29 +11,6 @@ namespace {
 static_assert(kKeyBlock == kBackwardTileKeys);
 static_assert(kBackwardBlockRows / 2 % kTileRows == 0 && kTileRows % 2 == 0);
 
-// Turns float32 sums into numbers of a tensor. Returns whether all are finite.
-template <typename scalar_t>
-bool write_row(const float* sums, float factor, int64_t count, scalar_t* target, int64_t stride) {
-  Vector zeros = {};  // NaN where a sum is infinite or NaN
-  for (int64_t d = 0; d < count; d += kLanes) {
-    const Vector value = load(sums + d) * factor;
-    zeros = multiply_add(value, Vector{}, zeros);
-    const int64_t rest = least(count - d, kLanes);
-    if (stride == 1 && rest == kLanes) {
-      store(target + d, value);
-    } else if (stride == 1) {
-      store(target + d, value, rest);
-    } else {
-      scalar_t numbers[kLanes];
-      store(numbers, value);
-      for (int64_t i = 0; i < rest; ++i) {
-        target[(d + i) * stride] = numbers[i];
-      }
-    }
-  }
-  return sum(zeros) == 0.0f;
-}
-
 // target += weight * source, unless the weight is 0: 0 * NaN is NaN.
 template <typename T>
 void add_row(float weight, const T* source, int64_t stride, int64_t count, float* target) {
@@ -41,10 +18,6 @@ void add_row(float weight, const T* source, int64_t stride, int64_t count, float
     store(target + d,
           multiply_add(broadcast(weight), read_vector(source + d * stride, stride, count - d), load(target + d)));
   }
-}
-
-void clear(float* numbers, int64_t count) {
-  std::memset(numbers, 0, static_cast<size_t>(count) * sizeof(float));
 }
 
 template <typename scalar_t>
@@ -75,8 +48,6 @@ class Kernel : ScoreGradients<scalar_t> {
     scratch.take(key_pairs, tiles * kKeyBlock * width);
     scratch.take(grad_keys, tiles * kKeyBlock * width);
     scratch.take(grad_values, tiles * kKeyBlock * value_width);
-    scratch.take(mask_sums, kBackwardBlockRows * kKeyBlock);
-    scratch.take(mask_errors, kBackwardBlockRows * kKeyBlock);
     bytes = scratch.bytes;
   }
 
@@ -88,30 +59,6 @@ class Kernel : ScoreGradients<scalar_t> {
       begin_prefetch(task, *next);
     }
     compute(task, false);
-  }
-
-  // Sums over many heads and rows carry their rounding error along (Kahan, 1965): torch adds up in a tree.
-  void run_mask(const MaskGradientTask& task) {
-    const int64_t (&strides)[4] = p.grad_mask_strides;
-    const int64_t group = p.query_heads / most<int64_t>(p.kv_heads, 1);
-    const bool has_batch = strides[0] != 0, has_head = strides[1] != 0, has_row = strides[2] != 0,
-               has_key = strides[3] != 0;
-    clear(mask_sums, kBackwardBlockRows * kKeyBlock);
-    clear(mask_errors, kBackwardBlockRows * kKeyBlock);
-    for (int64_t b = has_batch ? task.batch : 0; b < (has_batch ? task.batch + 1 : p.batch); ++b) {
-      for (int64_t head = has_head ? task.head : 0; head < (has_head ? task.head + 1 : p.query_heads); ++head) {
-        this->begin_head(Sequence(p, b), head / group);
-        for (int64_t query = task.first_query; query < task.last_query; query += kBlockRows<T>) {
-          this->begin_rows(query * group + head % group, group, least(kBlockRows<T>, task.last_query - query));
-          const Range seen = visible_tiles(rows, count);
-          for (int64_t tile = most(seen.first, task.first_tile); tile < least(seen.last, task.last_tile); ++tile) {
-            this->pack_tile(tile);
-            add_mask(tile, has_row ? query - task.first_query : 0, has_row, has_key);
-          }
-        }
-      }
-    }
-    write_mask(task, has_row, has_key);
   }
 
  private:
@@ -341,35 +288,6 @@ class Kernel : ScoreGradients<scalar_t> {
     return finite;
   }
 
-  void add_mask(int64_t tile, int64_t start, bool has_row, bool has_key) {
-    for (int64_t first = 0, number; first < count; first += number) {
-      number = this->rows_together(tile, first);
-      this->template score_rows<true, true>(
-          tile, first, number, [&](int64_t row, int64_t k, const Vector*, const Vector* grads) {
-            for (int64_t i = 0; i < kDepth<T>; ++i) {
-              const int64_t at = (has_row ? start + row + i : 0) * kKeyBlock + (has_key ? k : 0);
-              const Vector old = load(mask_sums + at), addend = grads[i] - load(mask_errors + at), sum = old + addend;
-              store(mask_errors + at, (sum - old) - addend);
-              store(mask_sums + at, sum);
-            }
-          });
-    }
-  }
-
-  void write_mask(const MaskGradientTask& task, bool has_row, bool has_key) {
-    const int64_t (&strides)[4] = p.grad_mask_strides;
-    const int64_t key = task.first_tile * kKeyBlock, keys_here = least(kKeyBlock, p.kv_length - key);
-    for (int64_t query = task.first_query; query < (has_row ? task.last_query : task.first_query + 1); ++query) {
-      float* target = p.grad_mask + task.batch * strides[0] + task.head * strides[1] + query * strides[2];
-      const float* sums = mask_sums + (query - task.first_query) * kKeyBlock;
-      if (has_key) {
-        write_row(sums, 1.0f, keys_here, target + key * strides[3], strides[3]);
-      } else {
-        *target = sum(load(sums));
-      }
-    }
-  }
-
   T* query_pairs;       // (kBlockRows / kDepth, width, kDepth)
   T* grad_out_pairs;    // (kBlockRows / kDepth, value_width, kDepth)
   float* grad_queries;  // (kBlockRows, width)
@@ -379,34 +297,19 @@ class Kernel : ScoreGradients<scalar_t> {
   T* key_pairs;         // (tiles, kKeyBlock / kDepth, width, kDepth)
   float* grad_keys;     // (tiles, kKeyBlock, width)
   float* grad_values;   // (tiles, kKeyBlock, value_width)
-  float* mask_sums;     // (kBackwardBlockRows, kKeyBlock) of the mask's gradient; without a key axis one vector per row
-  float* mask_errors;   // of the sums
 };
 
-template <typename Use>
-auto with_type(ElementType dtype, Use use) {
-  switch (dtype) {
-    case ElementType::bfloat16: return use(BFloat16{});
-    case ElementType::float16: return use(Half{});
-    default: return use(float{});
-  }
-}
-
 int64_t workspace_bytes(const AttentionBackwardParams& p) {
-  return with_type(p.dtype, [&](auto type) { return Kernel<decltype(type)>(p, Scratch(nullptr)).bytes; });
+  return with_element_type(p.dtype, [&](auto type) { return Kernel<decltype(type)>(p, Scratch(nullptr)).bytes; });
 }
 
 void run(const AttentionBackwardParams& p, const AttentionBackwardTask& task, const AttentionBackwardTask* next,
          void* workspace) {
-  with_type(p.dtype, [&](auto type) { Kernel<decltype(type)>(p, Scratch(workspace)).run(task, next); });
-}
-
-void run_mask(const AttentionBackwardParams& p, const MaskGradientTask& task, void* workspace) {
-  with_type(p.dtype, [&](auto type) { Kernel<decltype(type)>(p, Scratch(workspace)).run_mask(task); });
+  with_element_type(p.dtype, [&](auto type) { Kernel<decltype(type)>(p, Scratch(workspace)).run(task, next); });
 }
 
 }  // namespace
 
-extern const AttentionBackwardKernel attention_backward_kernel = {workspace_bytes, run, run_mask};
+extern const AttentionBackwardKernel attention_backward_kernel = {workspace_bytes, run};
 
 }  // namespace gpt4fast::cpu::GPT4FAST_LEVEL

@@ -45,6 +45,42 @@ class Scratch {
   char* base_;
 };
 
+inline void clear(float* numbers, int64_t count) {
+  std::memset(numbers, 0, static_cast<size_t>(count) * sizeof(float));
+}
+
+// Turns float32 sums into numbers of a tensor. Returns whether all are finite.
+template <typename scalar_t>
+inline bool write_row(const float* sums, float factor, int64_t count, scalar_t* target, int64_t stride) {
+  Vector zeros = {};  // NaN where a sum is infinite or NaN
+  for (int64_t d = 0; d < count; d += kLanes) {
+    const Vector value = load(sums + d) * factor;
+    zeros = multiply_add(value, Vector{}, zeros);
+    const int64_t rest = least(count - d, kLanes);
+    if (stride == 1 && rest == kLanes) {
+      store(target + d, value);
+    } else if (stride == 1) {
+      store(target + d, value, rest);
+    } else {
+      scalar_t numbers[kLanes];
+      store(numbers, value);
+      for (int64_t i = 0; i < rest; ++i) {
+        target[(d + i) * stride] = numbers[i];
+      }
+    }
+  }
+  return sum(zeros) == 0.0f;
+}
+
+template <typename Use>
+inline auto with_element_type(ElementType dtype, Use use) {
+  switch (dtype) {
+    case ElementType::bfloat16: return use(BFloat16{});
+    case ElementType::float16: return use(Half{});
+    default: return use(float{});
+  }
+}
+
 // Where row `row` and column `column` of a matrix lie whose pairs run along the rows: (rows / kDepth, columns, kDepth).
 template <typename T>
 inline int64_t paired(int64_t row, int64_t column, int64_t columns) {
