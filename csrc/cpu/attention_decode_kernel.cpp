@@ -29,6 +29,7 @@ class Kernel {
     if (p.new_key) {
       append(sequence, kv_head, keys);
     }
+    last_key_ = touched_keys(p, sequence).last;
     const Sums sums(plan, sums_, task);
     for (int64_t first = 0; first < plan.rows; first += kBlockRows) {
       const int64_t count = least(kBlockRows, plan.rows - first);
@@ -131,9 +132,9 @@ class Kernel {
     if constexpr (kIsQuantized) {
       const auto gather = [&](const float* scales, const int64_t (&strides)[3], float* target) {
         const CacheHead<const float> head(p, scales, strides, sequence.index, kv_head);
-        head.for_each_run(tile, [&](const float* from, int64_t first, int64_t count) {
-          for (int64_t i = 0; i < count; ++i) {
-            target[first + i] = from[i * head.stride];
+        head.for_each_run(tile, 0, 0, [&](const Run<const float>& run, int64_t first) {
+          for (int64_t i = 0; i < run.count; ++i) {
+            target[first + i] = run.data[i * run.stride];
           }
         });
       };
@@ -146,20 +147,22 @@ class Kernel {
     const Head values(p, p.value, p.value_strides, sequence.index, kv_head);
     const bool in_place = is_in_place(p, p.value_strides);
     if (!in_place) {
-      copy_rows(values, p.value_strides[3], p.value_dim, tile, work.value_copies);
+      copy_rows(values, p.value_strides[3], p.value_dim, values_ahead_, tile, work.value_copies);
     }
     const auto add = [&](auto number, Range keys, int64_t row) {
+      if (keys.empty()) {
+        return;
+      }
       constexpr int kRows = decltype(number)::value;
-      const auto add_run = [&](const Run<cache_t>& run, int64_t first) {
+      const auto add_run = [&](const Run<const cache_t>& run, int64_t first) {
         const Sums to = sums.from(row, plan);
         add_values<kRows, widest_tile(kRows)>(work.weights + row * work.scores_row + keys.first + first,
                                               work.scores_row, run, 0, p.value_dim, to.out, plan.width);
       };
-      if (!in_place && !keys.empty()) {
+      if (!in_place) {
         add_run({work.value_copies + keys.first * p.value_dim, p.value_dim, keys.last - keys.first, 0}, 0);
       } else {
-        for_each_fetching_run(values, values_ahead_, {tile.first + keys.first, tile.first + keys.last}, tile.last,
-                              add_run);
+        values.for_each_run({tile.first + keys.first, tile.first + keys.last}, values_ahead_, last_key_, add_run);
       }
     };
     for_each_block<kTileRows>(rows, [&](auto number, int64_t first) {
@@ -181,7 +184,7 @@ class Kernel {
 
   // Products of the query rows with a tile's keys, and with some behind it up to whole vectors.
   void score(const Head& head, Range tile, int64_t rows) const {
-    const auto multiply = [&](const Run<cache_t>& run, int64_t first_key) {
+    const auto multiply = [&](const Run<const cache_t>& run, int64_t first_key) {
       for_each_block<kDotRows>(rows, [&](auto number, int64_t first) {
         multiply_keys<decltype(number)::value>(work.queries + first * work.depth, work.depth, run, p.head_dim,
                                                work.scores + first * work.scores_row + first_key, work.scores_row);
@@ -191,10 +194,10 @@ class Kernel {
     int64_t in_place = 0;
     if (is_in_place(p, p.key_strides)) {
       in_place = p.block_table ? count : least(count, (p.kv_length - tile.first) / kLanes * kLanes);
-      for_each_fetching_run(head, keys_ahead_, {tile.first, tile.first + in_place}, tile.last, multiply);
+      head.for_each_run({tile.first, tile.first + in_place}, keys_ahead_, last_key_, multiply);
     }
     if (in_place < count) {
-      copy_rows(head, p.key_strides[3], p.head_dim, {tile.first + in_place, tile.last}, work.key_copies);
+      copy_rows(head, p.key_strides[3], p.head_dim, keys_ahead_, {tile.first + in_place, tile.last}, work.key_copies);
       multiply({work.key_copies, p.head_dim, count - in_place, 0}, in_place);
     }
   }
@@ -203,26 +206,15 @@ class Kernel {
     return bytes / most<int64_t>(dim * static_cast<int64_t>(sizeof(cache_t)), 1) + 1;
   }
 
-  void copy_rows(const Head& head, int64_t stride, int64_t dim, Range keys, cache_t* copies) const {
-    head.for_each_run(keys, [&](const cache_t* from, int64_t first, int64_t count) {
-      for (int64_t i = 0; i < count; ++i) {
-        pack_row(from + i * head.stride, stride, dim, dim, copies + (first + i) * dim);
+  void copy_rows(const Head& head, int64_t stride, int64_t dim, int64_t distance, Range keys, cache_t* copies) const {
+    head.for_each_run(keys, distance, last_key_, [&](const Run<const cache_t>& run, int64_t first) {
+      for (int64_t i = 0; i < run.count; ++i) {
+        const cache_t* row = run.data + i * run.stride;
+        for (int64_t d = 0; d < dim; d += kCacheLine / static_cast<int64_t>(sizeof(cache_t))) {
+          __builtin_prefetch(row + run.ahead + d);
+        }
+        pack_row(row, stride, dim, dim, copies + (first + i) * dim);
       }
-    });
-  }
-
-  // Calls use(run, first) for the given rows, each run with the distance to what to fetch: some rows on, which in a
-  // cache of small blocks is another block; last is the end of those blocks.
-  template <typename Use>
-  void for_each_fetching_run(const Head& head, int64_t rows_ahead, Range keys, int64_t last, Use use) const {
-    const bool jumps = p.block_table && p.block_size < 4 * rows_ahead;
-    head.for_each_run(keys, [&](const cache_t* from, int64_t first, int64_t count) {
-      int64_t ahead = rows_ahead * head.stride;
-      if (jumps) {
-        const int64_t there = keys.first + first + round_up(rows_ahead, p.block_size);
-        ahead = there < last ? head.at(there) - from : 0;
-      }
-      use(Run<cache_t>{from, head.stride, count, ahead}, first);
     });
   }
 
@@ -286,6 +278,7 @@ class Kernel {
   const bool is_general_ = has_adjustments(p) || p.scale <= 0.0f;  // scores are more than products times a factor
   const Exponent exponent_{is_general_ ? kLog2E : static_cast<double>(p.scale) * kLog2E};
   const int64_t keys_ahead_ = rows_of(kBytesAhead, p.head_dim), values_ahead_ = rows_of(kBytesAhead, p.value_dim);
+  int64_t last_key_ = 0;  // of the sequence
   int64_t begun_sequence_ = -1, begun_head_ = -1, begun_row_ = -1;
 };
 

@@ -4,14 +4,13 @@
 
 #include <cstdint>
 
+#include "attention_cache.h"
 #include "attention_pack.h"
-#include "attention_rows.h"
 
 namespace gpt4fast::cpu::GPT4FAST_LEVEL {
 
 inline constexpr int64_t kBlockRows = 32;  // query rows that go through the keys together
 inline constexpr int64_t kTile = 512;      // keys whose scores are held at once
-inline constexpr int64_t kAlignment = 16;  // of the first key of a tile: a multiple of kLanes at every level
 
 // The keys of a sequence that its queries see, and those that are appended, from a multiple of kAlignment on.
 inline Range touched_keys(const AttentionDecodeParams& p, const Sequence& sequence) {
@@ -79,45 +78,6 @@ struct Sums {
     return rest;
   }
 };
-
-// One head of a cache, as one sequence sees it.
-template <typename Item>
-struct CacheHead {
-  Item* data;
-  const int64_t* blocks;  // of the sequence, or null: data is where it begins
-  int64_t block_size, block_stride, stride;
-
-  template <typename Data, size_t kCount>
-  CacheHead(const AttentionDecodeParams& p, Data* cache, const int64_t (&strides)[kCount], int64_t sequence,
-            int64_t kv_head)
-      : data(static_cast<Item*>(cache) + kv_head * strides[1]),
-        blocks(p.block_table ? p.block_table + sequence * p.blocks_per_row : nullptr),
-        block_size(p.block_size),
-        block_stride(strides[0]),
-        stride(strides[2]) {
-    data += blocks ? 0 : sequence * block_stride;
-  }
-
-  Item* at(int64_t key) const {
-    const int64_t block = blocks ? key / block_size : 0;
-    return data + (blocks ? blocks[block] * block_stride : 0) + (key - block * block_size) * stride;
-  }
-
-  // Calls use(address, index, count) for those of the given keys that lie one after another.
-  template <typename Use>
-  void for_each_run(Range keys, Use use) const {
-    for (int64_t key = keys.first; key < keys.last;) {
-      const int64_t count = blocks ? least(keys.last - key, block_size - key % block_size) : keys.last - key;
-      use(at(key), key - keys.first, count);
-      key += count;
-    }
-  }
-};
-
-// Whether rows can be multiplied where they lie: the numbers of each are neighbours, and blocks hold whole vectors.
-inline bool is_in_place(const AttentionDecodeParams& p, const int64_t (&strides)[4]) {
-  return strides[3] == 1 && (!p.block_table || p.block_size % kAlignment == 0);
-}
 
 // Scratch memory of one thread. T is what products are made of.
 template <typename T, typename cache_t>

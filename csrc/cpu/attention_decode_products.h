@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "attention_cache.h"
 #include "tile_product.h"
 
 namespace gpt4fast::cpu::GPT4FAST_LEVEL {
@@ -13,15 +14,6 @@ namespace gpt4fast::cpu::GPT4FAST_LEVEL {
 inline constexpr int kRegisters = kTileVectors == 4 ? 32 : 16;
 inline constexpr int kDotRows = kTileRows * kTileVectors / 4;  // of a block of products with keys, for 4 keys at once
 inline constexpr int64_t kCacheLine = 64;
-
-// Rows of a cache, stride numbers apart. While a number is multiplied, the one that lies `ahead` behind it is fetched.
-template <typename cache_t>
-struct Run {
-  const cache_t* data;
-  int64_t stride;
-  int64_t count;
-  int64_t ahead;
-};
 
 template <int kNumber>
 struct Constant {
@@ -66,7 +58,7 @@ template <typename cache_t>
 // queries are zeros; kSteps vectors make up dim, where that is not 0. Sums run along the vectors; those of four keys at
 // a time are then turned into lanes.
 template <int kRows, int kSteps, typename T, typename cache_t>
-void multiply_keys(const T* queries, int64_t depth, const Run<cache_t>& keys, int64_t dim, float* scores,
+void multiply_keys(const T* queries, int64_t depth, const Run<const cache_t>& keys, int64_t dim, float* scores,
                    int64_t scores_row) {
   using Register = decltype(Product<T>::load(nullptr));
   constexpr int64_t kStep = kLanes * Product<T>::kDepth;
@@ -135,7 +127,7 @@ void multiply_keys(const T* queries, int64_t depth, const Run<cache_t>& keys, in
 }
 
 template <int kRows, typename T, typename cache_t>
-void multiply_keys(const T* queries, int64_t depth, const Run<cache_t>& keys, int64_t dim, float* scores,
+void multiply_keys(const T* queries, int64_t depth, const Run<const cache_t>& keys, int64_t dim, float* scores,
                    int64_t scores_row) {
   constexpr int kStep = static_cast<int>(kLanes * Product<T>::kDepth);
   const auto fits = [](int steps) { return kRows * (steps + 4) + 1 < kRegisters; };
@@ -155,7 +147,7 @@ void multiply_keys(const T* queries, int64_t depth, const Run<cache_t>& keys, in
 // Out (kRows, kVectors * kLanes) += weights (kRows, values.count) @ values, from a column of them on; with `given`,
 // only that many columns are there.
 template <int kRows, int kVectors, typename T, typename cache_t, typename... Given>
-void add_columns(const T* weights, int64_t weights_row, const Run<cache_t>& values, int64_t column, float* out,
+void add_columns(const T* weights, int64_t weights_row, const Run<const cache_t>& values, int64_t column, float* out,
                  int64_t out_row, Given... given) {
   constexpr int kDepth = static_cast<int>(Product<T>::kDepth), kParts = kVectors / kDepth;
   constexpr int64_t kStep = kLanes * kDepth;
@@ -253,8 +245,8 @@ inline constexpr int widest_tile(int rows) {
 // Out (kRows, columns) += weights (kRows, values.count) @ values (values.count, columns), from a column on. Out is
 // padded to whole kLanes * kDepth.
 template <int kRows, int kVectors, typename T, typename cache_t>
-void add_values(const T* weights, int64_t weights_row, const Run<cache_t>& values, int64_t column, int64_t columns,
-                float* out, int64_t out_row) {
+void add_values(const T* weights, int64_t weights_row, const Run<const cache_t>& values, int64_t column,
+                int64_t columns, float* out, int64_t out_row) {
   constexpr int64_t kWidth = kVectors * kLanes;
   for (; column + kWidth <= columns; column += kWidth) {
     add_columns<kRows, kVectors>(weights, weights_row, values, column, out + column, out_row);
