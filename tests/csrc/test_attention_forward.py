@@ -259,7 +259,8 @@ def test_invisible_keys_and_values_do_not_matter(queries, bad, dtype):
         dirty = [torch.where(seen, x, bad) for x in (key, value)]
         out, lse = attend(query, *dirty, **options)
         expected, expected_lse = attend(query, *clean, **options)
-        torch.testing.assert_close(out, expected, rtol=0, atol=0)
+        eps = torch.finfo(dtype).eps  # the careful way may add in another order
+        torch.testing.assert_close(out, expected, rtol=4 * eps, atol=4 * eps)
         torch.testing.assert_close(lse, expected_lse, rtol=0, atol=0)
     # The last key is seen by the last query alone: the others keep their values.
     key[:, :, -1] = value[:, :, -1] = bad
