@@ -12,7 +12,10 @@
 namespace gpt4fast::cpu::GPT4FAST_LEVEL {
 namespace {
 
-constexpr int64_t kBytesAhead = 8192;  // of a cache that are fetched before they are needed
+// Bytes of a cache that are fetched before they are needed; more where rows take longer to multiply than to read.
+constexpr int64_t bytes_ahead(int64_t rows) {
+  return rows < 4 ? 8192 : 12288;
+}
 
 template <typename scalar_t, typename cache_t>
 class Kernel {
@@ -202,10 +205,6 @@ class Kernel {
     }
   }
 
-  static int64_t rows_of(int64_t bytes, int64_t dim) {
-    return bytes / most<int64_t>(dim * static_cast<int64_t>(sizeof(cache_t)), 1) + 1;
-  }
-
   void copy_rows(const Head& head, int64_t stride, int64_t dim, int64_t distance, Range keys, cache_t* copies) const {
     head.for_each_run(keys, distance, last_key_, [&](const Run<const cache_t>& run, int64_t first) {
       for (int64_t i = 0; i < run.count; ++i) {
@@ -216,6 +215,10 @@ class Kernel {
         pack_row(row, stride, dim, dim, copies + (first + i) * dim);
       }
     });
+  }
+
+  int64_t rows_ahead(int64_t dim) const {
+    return bytes_ahead(plan.rows) / most<int64_t>(dim * static_cast<int64_t>(sizeof(cache_t)), 1) + 1;
   }
 
   // Turns one row's products into weights relative to the running maximum.
@@ -277,7 +280,7 @@ class Kernel {
   Workspace<T, cache_t> work;
   const bool is_general_ = has_adjustments(p) || p.scale <= 0.0f;  // scores are more than products times a factor
   const Exponent exponent_{is_general_ ? kLog2E : static_cast<double>(p.scale) * kLog2E};
-  const int64_t keys_ahead_ = rows_of(kBytesAhead, p.head_dim), values_ahead_ = rows_of(kBytesAhead, p.value_dim);
+  const int64_t keys_ahead_ = rows_ahead(p.head_dim), values_ahead_ = rows_ahead(p.value_dim);
   int64_t last_key_ = 0;  // of the sequence
   int64_t begun_sequence_ = -1, begun_head_ = -1, begun_row_ = -1;
 };

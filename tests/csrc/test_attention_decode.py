@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import math
+import mmap
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn import functional as F
+
+from gpt4fast.backends import native
 
 pytestmark = pytest.mark.usefixtures("needs_native")
 
@@ -92,7 +99,8 @@ class Case:
         self.dtype, self.new, self.append, self.page = dtype, new, append, page
         self.query = torch.randn(batch, kv_heads * group, new, dim).to(dtype)
         most = capacity - new if append else capacity
-        self.lengths = torch.randint(0, most + 1, (batch,)) if lengths is None else torch.tensor(lengths)
+        lengths = torch.randint(0, most + 1, (batch,)).tolist() if lengths is None else lengths
+        self.lengths = torch.tensor(lengths, dtype=torch.int64)
         self.ends = self.lengths + new if append else self.lengths
         self.offsets = self.ends - new
         self.options = {} if starts is None else {"kv_starts": torch.tensor(starts)}
@@ -185,7 +193,8 @@ class Case:
                 kind = name.split("_")[0]
                 new = rotated(options[kind], self.offsets, *(rotary if kind == "key" else (None, None, False)))
                 stored = torch.stack([self.dense(after)[b, :, n : n + self.new] for b, n in enumerate(self.lengths)])
-                scales = (new.float().abs().amax(-1) / 127).masked_fill(new.abs().amax(-1) == 0, 1)
+                scales = F.pad(new.float(), (0, 1)).abs().amax(-1) / 127
+                scales = scales.masked_fill(scales == 0, 1)
                 exact = rotary[0] is None or kind == "value"
                 if name.endswith("scales"):
                     torch.testing.assert_close(stored, scales, rtol=0 if exact else 1e-5, atol=0)
@@ -414,3 +423,178 @@ def test_the_same_bits_again_and_for_any_number_of_threads(dtype):
                 assert all(map(torch.equal, result, results[0]))
     finally:
         torch.set_num_threads(threads_before)
+
+
+@pytest.fixture(params=["scalar", "avx2", "avx512", "avx512_bf16"])
+def level(request):
+    before = native.cpu_level()
+    try:
+        native.force_cpu_level(request.param)
+    except ValueError as reason:
+        pytest.skip(str(reason))
+    yield request.param
+    native.force_cpu_level(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("int8", [False, True], ids=["", "int8"])
+def test_every_head_dimension_at_every_level(level, dtype, int8):
+    for dim in [*range(1, 40), 63, 64, 65, 80, 96, 127, 128, 129, 130, 256]:
+        Case(1, 2, 2, 1, 50, dim, 131 - dim if dim < 131 else dim, dtype, int8=int8, lengths=[37]).check()
+    for group in range(1, 9):  # every block of query rows
+        for dim in (64, 128, 48):
+            Case(1, 1, group, 1, 70, dim, dim, dtype, int8=int8, page=32, lengths=[64]).check(**tables(70, dim))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("keys", [*range(1, 36), 127, 128, 129, 511, 512, 513, 527, 528, 529, 1024, 1025])
+def test_every_number_of_keys(dtype, keys):
+    """Tails of vectors, pairs, tiles and tasks, with starts in the middle of vectors, in caches that end there."""
+    Case(1, 1, 2, 1, keys, 40, 24, dtype, append=False, lengths=[keys]).check()
+    Case(2, 1, 1, 1, keys, 40, 24, dtype, append=False, lengths=[keys, keys], starts=[keys // 2, keys - 1]).check()
+    Case(1, 1, 1, 1, keys, 40, 24, dtype, int8=True, page=16, lengths=[keys - 1], starts=[keys // 3]).check()
+
+
+def test_nothing_outside_the_caches_is_read():
+    """Caches that end where readable memory ends."""
+    page = mmap.PAGESIZE
+    libc = ctypes.CDLL(None, use_errno=True)
+    for dtype, keys, dim in itertools.product((*DTYPES, torch.int8), (1, 5, 16, 37), (1, 7, 33, 64)):
+        tensors = []
+        for _ in range(2):
+            size = keys * dim * dtype.itemsize
+            area = mmap.mmap(-1, (size // page + 2) * page)
+            whole = torch.frombuffer(area, dtype=torch.uint8)
+            assert libc.mprotect(ctypes.c_void_p(whole.data_ptr() + len(area) - page), page, 0) == 0
+            part = whole[len(area) - page - size : len(area) - page]
+            tensors.append(part.view(dtype).view(1, 1, keys, dim))
+        scales = torch.ones(1, 1, keys) if dtype == torch.int8 else None
+        query = torch.ones(1, 3, 1, dim, dtype=torch.float32 if dtype == torch.int8 else dtype)
+        lengths = torch.tensor([keys])
+        out, _ = decode(query, *tensors, lengths, key_scales=scales, value_scales=scales)
+        assert out.eq(0).all()
+
+
+def test_sizes_of_zero():
+    for axis, name in enumerate(("batch", "heads", "new", "dim", "value_dim")):
+        sizes = [2, 2, 2, 8, 6]
+        sizes[axis] = 0
+        batch, heads, new, dim, value_dim = sizes
+        case = Case(batch, heads, 1, new, 20, dim, value_dim, torch.float32, lengths=[3] * batch)
+        caches, options, (out, lse) = case.call()
+        assert out.shape == (batch, heads, new, value_dim) and lse.shape == (batch, heads, new)
+        if batch:
+            case.check_caches(caches, options)
+        if name == "dim":  # every score is 0
+            expected = torch.arange(4.0, 4.0 + new).log().expand_as(lse)
+            torch.testing.assert_close(lse, expected)
+    empty = torch.zeros(2, 2, 0, 8)
+    out, lse = decode(torch.randn(2, 4, 1, 8), empty, empty, torch.zeros(2, dtype=torch.int64))
+    assert out.eq(0).all() and lse.eq(-math.inf).all()
+    table = torch.zeros(2, 0, dtype=torch.int64)
+    out, lse = decode(torch.randn(2, 4, 1, 8), empty, empty, torch.zeros(2, dtype=torch.int64), block_table=table)
+    assert out.eq(0).all() and lse.eq(-math.inf).all()
+
+
+def bad_calls():
+    """By the argument that is named: what to change in a good call."""
+    zeros, longs = torch.zeros, lambda *x: torch.zeros(*x, dtype=torch.int64)
+    k, s, pos = zeros(2, 2, 9, 8), zeros(2, 2, 9), zeros(9, 4)
+    int8 = {"key_cache": k.to(torch.int8), "value_cache": k.to(torch.int8), "key_scales": s, "value_scales": s}
+    pages = {"key_cache": zeros(5, 2, 3, 8), "value_cache": zeros(5, 2, 3, 8)}
+    rotary = {"cos": pos, "sin": pos}
+    return {
+        "query": [
+            {"query": zeros(4, 2, 8)}, {"query": zeros(2, 4, 2, 8).double()}, {"query": zeros(2, 3, 2, 8)},
+            {"query": zeros(2, 4, 2, 8, dtype=torch.int8)}, {"query": zeros(2, 0, 2, 8)},
+        ],
+        "key_cache": [
+            {"key_cache": k[0]}, {"key_cache": k.half()}, {"key_cache": k[:1]}, {"key_cache": k[..., :7]},
+            {"key_cache": k.double()},
+        ],
+        "value_cache": [
+            {"value_cache": k[0]}, {"value_cache": k.half()}, {"value_cache": k[:1]}, {"value_cache": k[:, :1]},
+            {"value_cache": k[:, :, :4]}, int8 | {"value_cache": k},
+        ],
+        "kv_lengths": [
+            {"kv_lengths": zeros(2)}, {"kv_lengths": longs(1)}, {"kv_lengths": longs(1).expand(2)},
+            {"kv_lengths": torch.tensor([0, -1])}, {"kv_lengths": torch.tensor([0, 8])},
+            {"kv_lengths": torch.tensor([0, 2**63 - 1])},
+            {"kv_lengths": torch.tensor([3, 10]), "key": None, "value": None},
+            rotary | {"kv_lengths": torch.tensor([3, 1]), "key": None, "value": None},
+            {"cos": pos[:5], "sin": pos[:5], "kv_lengths": torch.tensor([0, 4])},
+        ],
+        "key": [
+            {"key": None}, {"key": zeros(2, 2, 2, 8).half()}, {"key": zeros(2, 2, 1, 8)}, {"key": zeros(2, 2, 2, 7)},
+            {"key": zeros(2, 4, 2, 8)},
+        ],
+        "value": [{"value": None}, {"value": zeros(2, 2, 2, 7)}, {"value": zeros(1, 2, 2, 8)}],
+        "block_table": [
+            pages | {"block_table": longs(2, 3).int()}, pages | {"block_table": longs(1, 3)},
+            pages | {"block_table": longs(2)}, pages | {"block_table": longs(3, 2).T},
+            pages | {"block_table": torch.tensor([[0, 1, 2], [0, -1, 0]])},
+            pages | {"block_table": torch.tensor([[5, 0, 0], [0, 1, 0]])},
+        ],
+        "cos": [
+            rotary | {"cos": None}, rotary | {"cos": pos.double()}, rotary | {"cos": pos.T}, rotary | {"cos": pos[0]},
+            {"cos": zeros(9, 5), "sin": zeros(9, 5)}, {"cos": zeros(4, 9).T, "sin": pos},
+        ],
+        "sin": [rotary | {"sin": None}, rotary | {"sin": pos[:8]}, rotary | {"sin": zeros(9, 8)[:, ::2]}],
+        "key_scales": [
+            int8 | {"key_scales": None}, int8 | {"key_scales": s.half()}, int8 | {"key_scales": s[..., :8]},
+            {"key_scales": s, "value_scales": s},
+        ],
+        "value_scales": [int8 | {"value_scales": None}, int8 | {"value_scales": s[:1]}],
+        "kv_starts": [{"kv_starts": longs(2).int()}, {"kv_starts": longs(3)}],
+        "window_left": [{"window_left": -2}],
+        "window_right": [{"window_right": -(2**63)}],
+        "alibi_slopes": [
+            {"alibi_slopes": zeros(4)}, {"alibi_slopes": zeros(2, 4).half()}, {"alibi_slopes": zeros(2, 2)},
+        ],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "index"), [(n, i) for n, calls in bad_calls().items() for i in range(len(calls))])
+def test_bad_direct_calls_raise_and_write_nothing(name, index):
+    call = {
+        "query": torch.zeros(2, 4, 2, 8),
+        "key_cache": torch.zeros(2, 2, 9, 8),
+        "value_cache": torch.zeros(2, 2, 9, 8),
+        "kv_lengths": torch.tensor([0, 4]),
+        "key": torch.ones(2, 2, 2, 8),
+        "value": torch.ones(2, 2, 2, 8),
+    }
+    decode(**{n: x.clone() for n, x in call.items()})
+    call |= bad_calls()[name][index]
+    with pytest.raises(RuntimeError, match=rf"\b{name}\b"):
+        decode(**call)
+    for written in ("key_cache", "value_cache", "key_scales", "value_scales"):
+        assert call.get(written) is None or not call[written].any()
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_random_calls(data):
+    torch.manual_seed(data.draw(st.integers(0, 2**31), "seed"))
+    batch, kv_heads = data.draw(st.integers(1, 3), "batch"), data.draw(st.integers(1, 3), "kv_heads")
+    group = data.draw(st.integers(1, 9), "group")
+    new = data.draw(st.one_of(st.just(1), st.integers(1, 20)), "new")
+    capacity = new + data.draw(st.one_of(st.integers(0, 40), st.integers(0, 700)), "more")
+    dim, value_dim = data.draw(st.integers(1, 140), "dim"), data.draw(st.integers(1, 140), "value_dim")
+    append = data.draw(st.booleans(), "append")
+    options = {}
+    if data.draw(st.booleans(), "rotary"):
+        options = tables(capacity, data.draw(st.integers(0, dim // 2), "half") * 2)
+        options["rotary_interleaved"] = data.draw(st.booleans(), "interleaved")
+    lengths = torch.randint(0 if append else new, (capacity - new if append else capacity) + 1, (batch,)).tolist()
+    starts = torch.randint(-3, capacity + 3, (batch,)).tolist() if data.draw(st.booleans(), "starts") else None
+    if data.draw(st.booleans(), "window"):
+        options |= {"window_left": data.draw(st.integers(-1, 50)), "window_right": data.draw(st.integers(-1, 2))}
+    if data.draw(st.booleans(), "softcap"):
+        options["softcap"] = 2.0
+    if data.draw(st.booleans(), "alibi"):
+        options["alibi_slopes"] = torch.rand(1, kv_heads * group).expand(batch, -1) * 0.1
+    case = Case(batch, kv_heads, group, new, capacity, dim, value_dim, data.draw(st.sampled_from(DTYPES), "dtype"),
+                int8=data.draw(st.booleans(), "int8"), append=append, lengths=lengths, starts=starts,
+                page=data.draw(st.sampled_from([None, 1, 7, 16, 48]), "page"))  # fmt: skip
+    case.check(**options)
