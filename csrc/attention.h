@@ -59,11 +59,11 @@ struct AttentionDecodeParams : AttentionForwardParams {
   int64_t key_scale_strides[3];
   int64_t value_scale_strides[3];
 
-  // Appended first, at the queries' positions.
+  bool appends;           // first, at the queries' positions:
   void* key_cache;        // key, to be written
   void* value_cache;      // value, to be written
-  const void* new_key;    // (B, Hk, Lq, D), or null
-  const void* new_value;  // (B, Hk, Lq, Dv), or null
+  const void* new_key;    // (B, Hk, Lq, D)
+  const void* new_value;  // (B, Hk, Lq, Dv)
   int64_t new_key_strides[4];
   int64_t new_value_strides[4];
   const float* cos;  // (positions, rotary_dim / 2), contiguous: query and new_key are turned; or null

@@ -105,6 +105,7 @@ void set_new_tokens(const Tensor& query, const Tensor& key_cache, const Tensor& 
   }
   check_shape(*key, "key", {p.batch, p.kv_heads, p.query_length, p.head_dim}, query.scalar_type());
   check_shape(*value, "value", {p.batch, p.kv_heads, p.query_length, p.value_dim}, query.scalar_type());
+  p.appends = true;
   p.new_key = key->const_data_ptr();
   p.new_value = value->const_data_ptr();
   copy_strides(*key, p.new_key_strides);
@@ -118,10 +119,10 @@ std::vector<int64_t> positions_of(const int64_t* kv_lengths, const AttentionDeco
   std::vector<int64_t> positions(static_cast<size_t>(2 * p.batch));
   for (int64_t b = 0; b < p.batch; ++b) {
     const int64_t length = kv_lengths[b];
-    STD_TORCH_CHECK(0 <= length && length <= p.kv_length - (p.new_key ? p.query_length : 0), "expected kv_lengths",
-                    p.new_key ? " and the new tokens" : "", " to fit the cache of ", p.kv_length,
+    STD_TORCH_CHECK(0 <= length && length <= p.kv_length - (p.appends ? p.query_length : 0), "expected kv_lengths",
+                    p.appends ? " and the new tokens" : "", " to fit the cache of ", p.kv_length,
                     " entries, but it is ", length);
-    const int64_t end = p.new_key ? length + p.query_length : length;
+    const int64_t end = p.appends ? length + p.query_length : length;
     positions[static_cast<size_t>(b)] = end - p.query_length;
     positions[static_cast<size_t>(p.batch + b)] = end;
   }

@@ -29,7 +29,7 @@ class Kernel {
 
   // Task number `task`: the given keys of a head.
   void run(const Sequence& sequence, int64_t kv_head, Range keys, int64_t task) {
-    if (p.new_key) {
+    if (p.appends) {
       append(sequence, kv_head, keys);
     }
     last_key_ = touched_keys(p, sequence).last;

@@ -16,7 +16,7 @@ inline constexpr int64_t kTile = 512;      // keys whose scores are held at once
 inline Range touched_keys(const AttentionDecodeParams& p, const Sequence& sequence) {
   const Row first(p, sequence, 0, 0), last(p, sequence, 0, p.query_length * (p.query_heads / p.kv_heads) - 1);
   Range keys = {first.begin, last.end};
-  if (p.new_key) {
+  if (p.appends) {
     keys = {keys.empty() ? sequence.offset : least(keys.first, sequence.offset), sequence.offset + p.query_length};
   }
   return keys.empty() ? Range{0, 0} : Range{keys.first / kAlignment * kAlignment, keys.last};
