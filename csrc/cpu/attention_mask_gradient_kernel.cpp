@@ -57,12 +57,13 @@ class Kernel : ScoreGradients<scalar_t> {
     }
   }
 
-  // Sums over many heads and rows carry their rounding error along (Kahan, 1965): torch adds up in a tree.
+  // Sums over many heads and rows carry the exact rounding errors of their additions along (Knuth's TwoSum): torch adds
+  // up in a tree.
   void add(int64_t row, int64_t k, Vector grads) {
     const int64_t at = (has_row_ ? row : 0) * kKeyBlock + (has_key_ ? k : 0);
-    const Vector old = load(sums_ + at), addend = grads - load(errors_ + at), sum = old + addend;
-    store(errors_ + at, (sum - old) - addend);
+    const Vector old = load(sums_ + at), sum = old + grads, added = sum - old;
     store(sums_ + at, sum);
+    store(errors_ + at, load(errors_ + at) + ((old - (sum - added)) + (grads - added)));
   }
 
   void write(const MaskGradientTask& task) {
@@ -70,7 +71,11 @@ class Kernel : ScoreGradients<scalar_t> {
     const int64_t key = task.first_tile * kKeyBlock, keys = least(kKeyBlock, p.kv_length - key);
     for (int64_t query = task.first_query; query < (has_row_ ? task.last_query : task.first_query + 1); ++query) {
       float* target = p.grad_mask + task.batch * strides[0] + task.head * strides[1] + query * strides[2];
-      const float* sums = sums_ + (query - task.first_query) * kKeyBlock;
+      float* sums = sums_ + (query - task.first_query) * kKeyBlock;
+      const float* errors = errors_ + (query - task.first_query) * kKeyBlock;
+      for (int64_t k = 0; k < kKeyBlock; k += kLanes) {
+        store(sums + k, load(sums + k) + load(errors + k));
+      }
       if (has_key_) {
         write_row(sums, 1.0f, keys, target + key * strides[3], strides[3]);
       } else {
