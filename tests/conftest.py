@@ -1,4 +1,8 @@
-"""Shared by all tests: threads, and fresh random input each run (the seed is printed, and can be given)."""
+"""Shared by all tests: threads, and fresh random input each run.
+
+GPT4FAST_TEST_SEED gives the seed (it is printed), GPT4FAST_TEST_EXAMPLES the number of random calls of each property
+(200).
+"""
 
 from __future__ import annotations
 
@@ -7,12 +11,22 @@ import random
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from gpt4fast.backends import native
 
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 # Workers of pytest-xdist inherit the seed through the environment.
 SEED = int(os.environ.setdefault("GPT4FAST_TEST_SEED", str(random.randrange(2**31))))
+
+# A machine busy with something else must not fail a test: no deadline, no checks of how fast examples come.
+settings.register_profile(
+    "gpt4fast",
+    max_examples=int(os.environ.get("GPT4FAST_TEST_EXAMPLES", "200")),
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
+settings.load_profile("gpt4fast")
 
 
 def pytest_report_header() -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
@@ -290,7 +290,6 @@ def test_outputs_too_large_to_allocate_raise():
             convolve(torch.zeros(1, 4, 5, 5, 5), torch.zeros(4, 6, 3, 3, 3), **options)
 
 
-@settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_random_calls(data):
     draw = data.draw

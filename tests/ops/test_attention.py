@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from oracles import CPU_IMPLEMENTATIONS, available, naive_attention
 from torch.nn import functional as F
@@ -431,7 +431,6 @@ def random_calls(draw):
     return shape, kwargs
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(random_calls())
 def test_random_calls(call):
     shape, kwargs = call

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from oracles import CPU_IMPLEMENTATIONS, available, naive_conv_transpose
 from torch.nn import functional as F
@@ -348,7 +348,6 @@ def random_calls(draw):
     )
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 @given(random_calls(), st.booleans())
 def test_random_calls(case, channels_last):
     (input, weight, bias), geometry = operands(case, torch.float32)
