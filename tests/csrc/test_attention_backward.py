@@ -290,15 +290,19 @@ def test_every_level(level, dtype):
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("shape", [(2, 3, 3, 130, 130, 64, 64), (1, 2, 2, 300, 300, 128, 128)])
 def test_at_most_twice_the_error_of_torchs_kernel(shape, is_causal, dtype, level):
-    inputs = make_inputs(*shape, dtype)
-    expected = expected_gradients(*inputs, is_causal=is_causal)
-    leaves = [x.clone().requires_grad_() for x in inputs[:3]]
-    torchs = torch.autograd.grad(F.scaled_dot_product_attention(*leaves, is_causal=is_causal), leaves, inputs[3])
-    for name, ours, theirs, exact in zip(
-        NAMES, gradients(*inputs, is_causal=is_causal), torchs, expected, strict=False
-    ):
-        assert (ours - exact).norm() <= 2 * (theirs - exact).norm(), name
-        assert (ours - exact).abs().max() <= 2 * (theirs - exact).abs().max(), name
+    ours, theirs = {}, {}  # errors of each gradient, over several draws: the largest of one draw is a matter of luck
+    for _ in range(4):
+        inputs = make_inputs(*shape, dtype)
+        expected = expected_gradients(*inputs, is_causal=is_causal)
+        leaves = [x.clone().requires_grad_() for x in inputs[:3]]
+        torchs = torch.autograd.grad(F.scaled_dot_product_attention(*leaves, is_causal=is_causal), leaves, inputs[3])
+        for results, grads in ((ours, gradients(*inputs, is_causal=is_causal)), (theirs, torchs)):
+            for name, grad, exact in zip(NAMES, grads, expected, strict=False):
+                results.setdefault(name, []).append((grad - exact).abs())
+    for name in ours:
+        mine, other = torch.stack(ours[name]), torch.stack(theirs[name])
+        assert mine.norm() <= 2 * other.norm(), name
+        assert mine.amax() <= 2 * other.amax(), name
 
 
 @pytest.mark.parametrize("dim", [*range(1, 20), 31, 33, 48, 63, 65, 79, 81, 96, 127, 130, 257])
