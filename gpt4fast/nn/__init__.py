@@ -2,5 +2,6 @@
 
 from .attention import MultiheadAttention
 from .conv_transpose import ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
+from .streaming import StreamingConvTranspose1d
 
-__all__ = ["ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d", "MultiheadAttention"]
+__all__ = ["ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d", "MultiheadAttention", "StreamingConvTranspose1d"]
