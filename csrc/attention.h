@@ -2,9 +2,10 @@
 
 #include <cstdint>
 
+#include "element_type.h"
+
 namespace gpt4fast {
 
-enum class ElementType { float32, bfloat16, float16, int8 };
 enum class MaskKind { none, boolean, float32, bfloat16, float16 };
 
 // softmax(softcap(scale * query @ key^T) + mask - slope * |distance|) @ value. B batch, Hq and Hk heads (Hq a multiple

@@ -22,7 +22,8 @@ STABLE_TORCH_LIBRARY(gpt4fast, m) {
   m.def(
       "conv_transpose_forward(Tensor input, Tensor weight, Tensor? bias, int[] stride, int[] padding, "
       "int[] output_padding, int groups, int[] dilation, Tensor? scale, Tensor? shift, str activation, "
-      "float negative_slope, bool channels_last) -> Tensor");
+      "float negative_slope, bool channels_last, Tensor? packed=None) -> Tensor");
+  m.def("conv_transpose_pack(Tensor weight, int groups) -> Tensor");
   m.def(
       "affine_activation(Tensor input, Tensor? bias, Tensor? scale, Tensor? shift, str activation, "
       "float negative_slope) -> Tensor");

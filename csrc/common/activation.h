@@ -3,6 +3,7 @@
 #include <cmath>
 #include <string>
 
+#include "../activation.h"
 #include "checks.h"
 
 #if defined(__CUDACC__)
@@ -12,8 +13,6 @@
 #endif
 
 namespace gpt4fast {
-
-enum class Activation { none, relu, leaky_relu, tanh, sigmoid, gelu, silu };
 
 // One formula for every host and device kernel, in float32. NaN passes through all of them, as in torch.
 template <Activation kActivation>

@@ -8,19 +8,6 @@
 
 namespace gpt4fast::cpu::GPT4FAST_LEVEL {
 
-// The first count numbers at any stride, as many as a vector holds, then zeros.
-template <typename T>
-inline Vector read_vector(const T* source, int64_t stride, int64_t count) {
-  if (stride == 1) {
-    return count >= kLanes ? load(source) : load(source, count);
-  }
-  float values[kLanes] = {};
-  for (int64_t i = 0; i < least(count, kLanes); ++i) {
-    values[i] = to_float(source + i * stride);
-  }
-  return load(values);
-}
-
 // Reads what the mask adds to one row's scores in a tile, for columns in whole vectors: -inf is invisible. Returns
 // whether it leaves any key visible.
 inline bool read_mask(const AttentionParams& p, const Sequence& sequence, const Row& row, int64_t key, Range columns,

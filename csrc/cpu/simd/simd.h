@@ -33,6 +33,19 @@ inline float to_float(const T* source) {
   return load(source, 1)[0];
 }
 
+// The first count numbers at any stride, as many as a vector holds, then zeros.
+template <typename T>
+inline Vector read_vector(const T* source, int64_t stride, int64_t count) {
+  if (stride == 1) {
+    return count >= kLanes ? load(source) : load(source, count);
+  }
+  float values[kLanes] = {};
+  for (int64_t i = 0; i < least(count, kLanes); ++i) {
+    values[i] = to_float(source + i * stride);
+  }
+  return load(values);
+}
+
 // 2^x as a polynomial of the fraction of x times 2^floor(x). The coefficients are minimax for the relative error among
 // polynomials that are 1 at 0 and 2 at 1: 3.4e-6 with kDegree 4, enough for what is rounded to bfloat16 next, and
 // 9.3e-8 with 5.

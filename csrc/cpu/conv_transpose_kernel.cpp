@@ -1,0 +1,319 @@
+// Transposed convolution on the CPU as products of pixels, without an im2col buffer: each tap of the kernel multiplies
+// the inputs that it reads by its (channels, output channels) matrix and adds the result to the outputs that it
+// reaches. No product with an inserted zero or with padding is ever formed, whatever the stride and the dilation. A task
+// is a block of outputs for as many output channels as a tile of registers holds. Compiled once per CPU level.
+#include "../conv_transpose.h"
+
+#include <type_traits>
+#include <utility>
+
+#include "conv_transpose_blocks.h"
+#include "conv_transpose_write.h"
+#include "pack_row.h"
+#include "placed_product.h"
+
+namespace gpt4fast::cpu::GPT4FAST_LEVEL {
+namespace {
+
+constexpr int64_t kMostOutputs = 512;           // of a block, whose sums then take 128 KiB of L2
+constexpr int64_t kMostInputBytes = 384 << 10;  // of a block's inputs, in L2 too
+constexpr int64_t kSteps = 128;                 // of a product whose right operand stays in L1: 32 KiB
+
+// The weight as the products read it: (groups, blocks, taps, depth / kDepth, width, kDepth), zeros where it is padded.
+template <typename T>
+struct WeightLayout {
+  int64_t group_inputs, group_outputs, taps;
+  int64_t depth;   // input channels of a group
+  int64_t blocks;  // of output channels of a group
+  int64_t width;   // output channels of a block
+
+  explicit WeightLayout(const ConvTransposeParams& p)
+      : group_inputs(p.in_channels / p.groups),
+        group_outputs(p.out_channels / p.groups),
+        taps(p.kernel[0] * p.kernel[1] * p.kernel[2]),
+        depth(padded_depth<T>(group_inputs)) {
+    // As many equal parts as the registers demand.
+    const int64_t vectors = divide_up(group_outputs, kLanes);
+    width = divide_up(vectors, divide_up(vectors, kTileVectors)) * kLanes;
+    blocks = divide_up(group_outputs, width);
+  }
+
+  int64_t block_size() const { return taps * depth * width; }
+  int64_t channels(int64_t block) const { return least(width, group_outputs - block * width); }
+};
+
+template <typename scalar_t>
+void pack_block(const ConvTransposeParams& p, const WeightLayout<Compute<scalar_t>>& layout, int64_t group,
+                int64_t block, Compute<scalar_t>* target) {
+  using T = Compute<scalar_t>;
+  const int64_t(&strides)[5] = p.weight_strides;
+  const int64_t channels = layout.channels(block);
+  const bool taps_adjacent =
+      strides[4] == 1 && strides[3] == p.kernel[2] && strides[2] == p.kernel[1] * p.kernel[2];
+  const auto* source = static_cast<const scalar_t*>(p.weight) + group * layout.group_inputs * strides[0] +
+                       block * layout.width * strides[1];
+  const auto offset_of = [&](int64_t tap) {
+    return taps_adjacent ? tap
+                         : tap / (p.kernel[1] * p.kernel[2]) * strides[2] +
+                               tap / p.kernel[2] % p.kernel[1] * strides[3] + tap % p.kernel[2] * strides[4];
+  };
+  for (int64_t c = 0; c < layout.depth; c += kDepth<T>) {
+    for (int64_t lane = 0; lane < layout.width; lane += kLanes) {
+      for (int64_t tap = 0; tap < layout.taps; tap += kLanes) {
+        const int64_t taps = least(kLanes, layout.taps - tap);
+        Vector rows[kDepth<T>][kLanes] = {};  // for kDepth channels: for each tap a vector of output channels
+        for (int64_t i = 0; i < kDepth<T> && c + i < layout.group_inputs; ++i) {
+          const scalar_t* from = source + (c + i) * strides[0] + lane * strides[1];
+          if (taps_adjacent && layout.taps > 1) {
+            for (int64_t j = 0; j < least(kLanes, channels - lane); ++j) {
+              rows[i][j] = taps == kLanes ? load(from + j * strides[1] + tap) : load(from + j * strides[1] + tap, taps);
+            }
+            transpose(rows[i]);
+          } else {
+            for (int64_t j = 0; j < taps; ++j) {
+              rows[i][j] = read_vector(from + offset_of(tap + j), strides[1], channels - lane);
+            }
+          }
+        }
+        for (int64_t j = 0; j < taps; ++j) {
+          T* to = target + ((tap + j) * layout.depth + c) * layout.width + lane * kDepth<T>;
+          if constexpr (kDepth<T> == 1) {
+            store(to, rows[0][j]);
+          } else {
+            store_interleaved(to, rows[0][j], rows[1][j]);
+          }
+        }
+      }
+    }
+  }
+}
+
+template <typename scalar_t>
+void pack(const ConvTransposeParams& p, void* packed, int64_t thread, int64_t threads) {
+  const WeightLayout<Compute<scalar_t>> layout(p);
+  const int64_t blocks = p.groups * layout.blocks;
+  auto* target = static_cast<Compute<scalar_t>*>(packed);
+  for (int64_t i = blocks * thread / threads; i < blocks * (thread + 1) / threads; ++i) {
+    pack_block<scalar_t>(p, layout, i / layout.blocks, i % layout.blocks, target + i * layout.block_size());
+  }
+}
+
+// How a call is cut, and what a thread needs for it.
+template <typename scalar_t>
+struct Plan {
+  using T = Compute<scalar_t>;
+
+  WeightLayout<T> layout;
+  bool in_place;  // the input is read as it lies
+  Blocks blocks;
+  T* inputs;         // (images, D, H, W, groups, depth)
+  float* sums;       // (block, width)
+  RowPlace* places;  // (block)
+  int64_t bytes = 0;
+
+  Plan(const ConvTransposeParams& p, int64_t threads, void* memory)
+      : layout(p),
+        in_place(std::is_same_v<T, scalar_t> && p.input_strides[1] == 1 && layout.depth == layout.group_inputs),
+        blocks(p, kMostOutputs) {
+    const int64_t pixel = p.groups * layout.depth * static_cast<int64_t>(sizeof(T));
+    for (int64_t outputs = kMostOutputs;
+         outputs > 16 && ((!in_place && blocks.most_inputs() * pixel > kMostInputBytes) ||
+                          (outputs > 64 && blocks.count() * p.groups * layout.blocks < 2 * threads));) {
+      outputs /= 2;
+      blocks = Blocks(p, outputs);
+    }
+    base_ = static_cast<char*>(memory);
+    const int64_t outputs = blocks.largest().size();
+    take(inputs, in_place ? 0 : blocks.most_inputs() * p.groups * layout.depth);
+    take(sums, outputs * layout.width);
+    take(places, outputs);
+  }
+
+ private:
+  template <typename Item>
+  void take(Item*& pointer, int64_t count) {
+    pointer = reinterpret_cast<Item*>(base_ + bytes);
+    bytes += round_up(count * static_cast<int64_t>(sizeof(Item)), 64);
+  }
+
+  char* base_;
+};
+
+template <typename scalar_t>
+class Kernel {
+  using T = Compute<scalar_t>;
+
+ public:
+  Kernel(const ConvTransposeParams& params, int64_t threads, const void* packed, void* memory)
+      : p(params), plan(params, threads, memory), packed_(static_cast<const T*>(packed)) {}
+
+  void run(int64_t thread, int64_t threads) {
+    // The output channels change first: they share the block's inputs.
+    const int64_t columns = p.groups * plan.layout.blocks, tasks = plan.blocks.count() * columns;
+    int64_t present = -1;
+    for (int64_t task = tasks * thread / threads; task < tasks * (thread + 1) / threads; ++task) {
+      if (task / columns != present) {
+        present = task / columns;
+        begin(plan.blocks[present]);
+      }
+      compute(task % columns / plan.layout.blocks, task % columns % plan.layout.blocks);
+    }
+  }
+
+ private:
+  void begin(const Block& outputs) {
+    outputs_ = outputs;
+    inputs_ = inputs_of(p, outputs);
+    if (plan.in_place) {
+      input_ = static_cast<const T*>(p.input);
+      strides_[0] = p.input_strides[0];
+      for (int axis = 0; axis < 4; ++axis) {
+        strides_[axis] = p.input_strides[axis == 0 ? 0 : axis + 1];
+        input_ += inputs_.first[axis] * strides_[axis];
+      }
+      return;
+    }
+    input_ = plan.inputs;
+    strides_[3] = p.groups * plan.layout.depth;
+    for (int axis = 2; axis >= 0; --axis) {
+      strides_[axis] = strides_[axis + 1] * inputs_.count[axis + 1];
+    }
+    copy_inputs();
+  }
+
+  // Brings the block's inputs into the order (images, D, H, W, channels).
+  void copy_inputs() {
+    int64_t run = inputs_.count[3], lines = inputs_.size() / most<int64_t>(run, 1);
+    const int64_t pixel = p.input_strides[4];
+    if (inputs_.count[3] == p.in_size[2] && p.input_strides[3] == pixel * p.in_size[2]) {
+      run *= inputs_.count[2];
+      lines /= most<int64_t>(inputs_.count[2], 1);
+    }
+    for (int64_t line = 0; line < lines; ++line) {
+      int64_t rest = line * run;
+      const auto* source = static_cast<const scalar_t*>(p.input);
+      for (int axis = 3; axis >= 0; --axis) {
+        source += (inputs_.first[axis] + rest % inputs_.count[axis]) * p.input_strides[axis == 0 ? 0 : axis + 1];
+        rest /= inputs_.count[axis];
+      }
+      for (int64_t group = 0; group < p.groups; ++group) {
+        copy_line(source + group * plan.layout.group_inputs * p.input_strides[1], run,
+                  plan.inputs + line * run * strides_[3] + group * plan.layout.depth);
+      }
+    }
+  }
+
+  // One group's channels of pixels that lie at one distance.
+  void copy_line(const scalar_t* source, int64_t pixels, T* target) {
+    const int64_t channels = plan.layout.group_inputs, depth = plan.layout.depth, pixel = strides_[3];
+    if (p.input_strides[4] != 1 || p.input_strides[1] == 1) {
+      for (int64_t i = 0; i < pixels; ++i) {
+        pack_row(source + i * p.input_strides[4], p.input_strides[1], channels, depth, target + i * pixel);
+      }
+      return;
+    }
+    for (int64_t i = 0; i < pixels; i += kLanes) {
+      const int64_t count = least(kLanes, pixels - i);
+      for (int64_t c = 0; c < depth; c += kLanes) {
+        Vector square[kLanes];
+        for (int64_t j = 0; j < kLanes; ++j) {
+          const scalar_t* from = source + (c + j) * p.input_strides[1] + i;
+          square[j] = c + j >= channels ? Vector{} : count == kLanes ? load(from) : load(from, count);
+        }
+        transpose(square);
+        for (int64_t j = 0; j < count; ++j) {
+          store_part(target + (i + j) * pixel + c, square[j], depth - c);
+        }
+      }
+    }
+  }
+
+  void compute(int64_t group, int64_t block) {
+    const WeightLayout<T>& layout = plan.layout;
+    std::memset(plan.sums, 0, static_cast<size_t>(outputs_.size() * layout.width) * sizeof(float));
+    const T* weight = packed_ + (group * layout.blocks + block) * layout.block_size();
+    const T* input = input_ + group * (plan.in_place ? layout.group_inputs : layout.depth);
+    for (int64_t d = 0; d < p.kernel[0]; ++d) {
+      const Reached depths = reached_by(p, outputs_, inputs_, 0, d);
+      for (int64_t h = 0; h < p.kernel[1]; ++h) {
+        const Reached rows = reached_by(p, outputs_, inputs_, 1, h);
+        for (int64_t w = 0; w < p.kernel[2]; ++w, weight += layout.depth * layout.width) {
+          const int64_t count = find_places(depths, rows, reached_by(p, outputs_, inputs_, 2, w));
+          const int64_t steps = layout.depth / kDepth<T>, parts = divide_up(steps, kSteps);
+          for (int64_t part = 0; part < parts; ++part) {
+            const int64_t first = steps * part / parts, last = steps * (part + 1) / parts;
+            add_product(layout.width / kLanes, count, input + first * kDepth<T>, plan.places,
+                        weight + first * layout.width * kDepth<T>, last - first, plan.sums);
+          }
+        }
+      }
+    }
+    write_outputs<scalar_t>(p, outputs_, plan.sums, layout.width, group * layout.group_outputs + block * layout.width,
+                            layout.channels(block));
+  }
+
+  // Lists the pairs of an input and an output that one tap connects.
+  int64_t find_places(const Reached& depths, const Reached& rows, const Reached& columns) {
+    const int64_t width = plan.layout.width;
+    RowPlace* place = plan.places;
+    for (int64_t image = 0; image < outputs_.count[0]; ++image) {
+      for (int64_t i = 0; i < depths.count; ++i) {
+        for (int64_t j = 0; j < rows.count; ++j) {
+          const int64_t line = (image * outputs_.count[1] + depths.out + i * depths.out_step) * outputs_.count[2] +
+                               rows.out + j * rows.out_step;
+          RowPlace next = {image * strides_[0] + (depths.in + i) * strides_[1] + (rows.in + j) * strides_[2] +
+                               columns.in * strides_[3],
+                           (line * outputs_.count[3] + columns.out) * width};
+          for (int64_t k = 0; k < columns.count; ++k) {
+            *place++ = next;
+            next.left += strides_[3];
+            next.sums += columns.out_step * width;
+          }
+        }
+      }
+    }
+    return place - plan.places;
+  }
+
+  const ConvTransposeParams& p;
+  Plan<scalar_t> plan;
+  const T* packed_;
+  Block outputs_, inputs_;
+  const T* input_;      // of the block's first pixel
+  int64_t strides_[4];  // between pixels: image, D, H, W
+};
+
+template <typename Use>
+auto with_type(ElementType dtype, Use use) {
+  switch (dtype) {
+    case ElementType::bfloat16: return use(BFloat16{});
+    case ElementType::float16: return use(Half{});
+    default: return use(float{});
+  }
+}
+
+int64_t packed_bytes(const ConvTransposeParams& p) {
+  return with_type(p.dtype, [&](auto type) {
+    using T = Compute<decltype(type)>;
+    const WeightLayout<T> layout(p);
+    return p.groups * layout.blocks * layout.block_size() * static_cast<int64_t>(sizeof(T));
+  });
+}
+
+void pack(const ConvTransposeParams& p, void* packed, int64_t thread, int64_t threads) {
+  with_type(p.dtype, [&](auto type) { pack<decltype(type)>(p, packed, thread, threads); });
+}
+
+int64_t workspace(const ConvTransposeParams& p, int64_t threads) {
+  return with_type(p.dtype, [&](auto type) { return Plan<decltype(type)>(p, threads, nullptr).bytes; });
+}
+
+void run(const ConvTransposeParams& p, const void* packed, void* memory, int64_t thread, int64_t threads) {
+  with_type(p.dtype, [&](auto type) { Kernel<decltype(type)>(p, threads, packed, memory).run(thread, threads); });
+}
+
+}  // namespace
+
+extern const ConvTransposeKernel conv_transpose_kernel = {packed_bytes, pack, workspace, run};
+
+}  // namespace gpt4fast::cpu::GPT4FAST_LEVEL
