@@ -59,6 +59,15 @@ inline Reached reached_by(const ConvTransposeParams& p, const Block& outputs, co
   return {first * stride - shift - begin, stride, first - inputs.first[axis + 1], 1, most<int64_t>(last - first + 1, 0)};
 }
 
+// Whether no output is reached by more than one tap.
+inline bool has_one_tap(const ConvTransposeParams& p) {
+  bool one = true;
+  for (int axis = 0; axis < 3; ++axis) {
+    one = one && (p.in_size[axis] == 1 || p.kernel[axis] <= p.stride[axis]);
+  }
+  return one;
+}
+
 // Blocks of nearly equal size that cover the outputs.
 class Blocks {
  public:

@@ -21,6 +21,7 @@
 namespace gpt4fast::cpu {
 
 GPT4FAST_KERNEL_OF_LEVELS(ConvTransposeKernel, conv_transpose_kernel)
+GPT4FAST_KERNEL_OF_LEVELS(ConvTransposeKernel, conv_transpose_few_kernel)
 
 namespace {
 
@@ -31,6 +32,8 @@ using torch::stable::Tensor;
 // Sizes up to this keep every index computed here, sums of products of two of them, below 2^63.
 constexpr int64_t kLargest = int64_t{1} << 30;
 constexpr int64_t kMostElements = int64_t{1} << 48;
+
+constexpr int64_t kFewOutputs = 4;  // channels of a group that conv_transpose_few_kernel.cpp computes
 
 void read_list(const std::vector<int64_t>& values, const char* name, int64_t dims, int64_t least,
                int64_t (&target)[3]) {
@@ -90,6 +93,12 @@ void set_affine(const std::optional<Tensor>& bias, const std::optional<Tensor>& 
   p.offset = offsets;
 }
 
+// By the weight alone, so that a packed one serves all inputs.
+const ConvTransposeKernel& kernel_for(const ConvTransposeParams& p) {
+  return p.out_channels / p.groups <= kFewOutputs ? active_conv_transpose_few_kernel()
+                                                  : active_conv_transpose_kernel();
+}
+
 void run_on_threads(int64_t threads, const std::function<void(int64_t)>& use) {
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t thread = begin; thread < end; ++thread) {
@@ -100,7 +109,7 @@ void run_on_threads(int64_t threads, const std::function<void(int64_t)>& use) {
 
 // The packed weight, then the level that packed it.
 Tensor pack_weight(const Tensor& weight, const ConvTransposeParams& p) {
-  const ConvTransposeKernel& kernel = active_conv_transpose_kernel();
+  const ConvTransposeKernel& kernel = kernel_for(p);
   const int64_t bytes = kernel.packed_bytes(p), level = static_cast<int64_t>(cpu_level());
   const Tensor packed =
       torch::stable::new_empty(weight, {bytes + static_cast<int64_t>(sizeof(level))}, ScalarType::Byte);
@@ -112,7 +121,7 @@ Tensor pack_weight(const Tensor& weight, const ConvTransposeParams& p) {
 }
 
 void check_packed(const Tensor& packed, const ConvTransposeParams& p) {
-  const int64_t bytes = active_conv_transpose_kernel().packed_bytes(p), expected = static_cast<int64_t>(cpu_level());
+  const int64_t bytes = kernel_for(p).packed_bytes(p), expected = static_cast<int64_t>(cpu_level());
   int64_t level = -1;
   CHECK_CPU(packed);
   if (packed.scalar_type() == ScalarType::Byte && packed.dim() == 1 && packed.is_contiguous() &&
@@ -171,6 +180,7 @@ Tensor forward(const Tensor& input, const Tensor& weight, const std::optional<Te
   CHECK_CPU(input);
   STD_TORCH_CHECK(3 <= input.dim() && input.dim() <= 5, "expected input to have 3 to 5 dimensions, but its shape is ",
                   shape_of(input));
+  p.dtype = element_type_of(input, "input");
   CHECK_DIM(weight, input.dim());
   CHECK_DTYPE(weight, input.scalar_type());
   CHECK_SIZE(weight, 0, input.size(1));
@@ -224,7 +234,7 @@ Tensor forward(const Tensor& input, const Tensor& weight, const std::optional<Te
   }
   p.out = out.mutable_data_ptr();
   const Tensor weights = packed ? *packed : pack_weight(weight, p);
-  const ConvTransposeKernel& kernel = active_conv_transpose_kernel();
+  const ConvTransposeKernel& kernel = kernel_for(p);
   const double work = double(input.numel()) * double(weight.size(1)) * double(product(p.kernel)) + double(out.numel());
   const int64_t threads = threads_for(work), bytes = kernel.workspace(p, threads);
   const Tensor workspace = torch::stable::new_empty(input, {threads, bytes}, ScalarType::Byte);

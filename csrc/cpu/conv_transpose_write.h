@@ -16,16 +16,24 @@ inline void store_part(scalar_t* target, Vector value, int64_t count) {
   }
 }
 
-// Writes outputs of a block from sums (block.size() rows, width) of `channels` channels from `channel` on.
+// Floats between the channels of `lines` below: no power of 2, of which a cache has few at a time.
+inline int64_t line_step(const Block& block) {
+  return round_up(block.size(), kLanes) + kLanes;
+}
+
+// Writes outputs of a block from sums (block.size() rows, width) of `channels` channels from `channel` on. lines is
+// scratch memory (kLanes, line_step): channels go to memory one after another, since sixteen planes written in turn
+// take twice as long.
 template <typename scalar_t>
 void write_outputs(const ConvTransposeParams& p, const Block& block, const float* sums, int64_t width, int64_t channel,
-                   int64_t channels) {
+                   int64_t channels, float* lines) {
   // Outputs that lie in a row in memory: a line, or as many whole ones as there are.
   int64_t run = block.count[3], plane = p.out_size[2];
   for (int axis = 2; axis > 0 && run == plane; --axis) {
     run *= block.count[axis];
     plane *= p.out_size[axis - 1];
   }
+  const int64_t step = line_step(block);
   const int64_t image = p.out_size[0] * p.out_size[1] * p.out_size[2];
   const auto place_of = [&](int64_t row) {
     int64_t at[4];
@@ -53,15 +61,20 @@ void write_outputs(const ConvTransposeParams& p, const Block& block, const float
         continue;
       }
       for (int64_t c = 0; c < channels; c += kLanes) {
-        scalar_t* target = out + (index * p.out_channels + channel + c) * image + position;
         for (int64_t i = 0; i < run; i += kLanes) {
           Vector square[kLanes];
           for (int64_t j = 0; j < kLanes; ++j) {
             square[j] = i + j < run ? finish(load(from + (i + j) * width + c), c) : Vector{};
           }
           transpose(square);
-          for (int64_t j = 0; j < least(kLanes, channels - c); ++j) {
-            store_part(target + j * image + i, square[j], run - i);
+          for (int64_t j = 0; j < kLanes; ++j) {
+            store(lines + j * step + i, square[j]);
+          }
+        }
+        for (int64_t j = 0; j < least(kLanes, channels - c); ++j) {
+          scalar_t* target = out + (index * p.out_channels + channel + c + j) * image + position;
+          for (int64_t i = 0; i < run; i += kLanes) {
+            store_part(target + i, load(lines + j * step + i), run - i);
           }
         }
       }

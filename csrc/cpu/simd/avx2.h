@@ -167,6 +167,13 @@ inline void transpose(Vector (&rows)[8]) {
   }
 }
 
+// a[0], b[0], a[1], b[1], ...
+inline void interleave(Vector a, Vector b, Vector& low, Vector& high) {
+  const __m256 even = _mm256_unpacklo_ps(a, b), odd = _mm256_unpackhi_ps(a, b);
+  low = _mm256_permute2f128_ps(even, odd, 0x20);
+  high = _mm256_permute2f128_ps(even, odd, 0x31);
+}
+
 inline Vector sum_fours(Vector a, Vector b, Vector c, Vector d) {
   const __m256 ab = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
   const __m256 cd = _mm256_add_ps(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));

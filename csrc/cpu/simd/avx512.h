@@ -171,6 +171,13 @@ inline void transpose(Vector (&rows)[16]) {
   }
 }
 
+// a[0], b[0], a[1], b[1], ...
+inline void interleave(Vector a, Vector b, Vector& low, Vector& high) {
+  const __m512i first = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  low = _mm512_permutex2var_ps(a, first, b);
+  high = _mm512_permutex2var_ps(a, _mm512_add_epi32(first, _mm512_set1_epi32(8)), b);
+}
+
 inline Vector sum_fours(Vector a, Vector b, Vector c, Vector d) {
   const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
   const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));

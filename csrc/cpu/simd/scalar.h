@@ -170,6 +170,12 @@ inline void transpose(Vector (&rows)[4]) {
   }
 }
 
+// a[0], b[0], a[1], b[1], ...
+inline void interleave(Vector a, Vector b, Vector& low, Vector& high) {
+  low = Vector{a[0], b[0], a[1], b[1]};
+  high = Vector{a[2], b[2], a[3], b[3]};
+}
+
 // Lane i of each group of four: the sum of that group's lanes in a, b, c or d.
 inline Vector sum_fours(Vector a, Vector b, Vector c, Vector d) {
   Vector rows[4] = {a, b, c, d};

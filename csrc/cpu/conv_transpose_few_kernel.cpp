@@ -1,0 +1,410 @@
+// Transposed convolution with few output channels, which would leave most lanes of conv_transpose_kernel.cpp empty.
+// Here lanes are pixels: one product of all taps' weights (taps * channels, input channels) and the inputs
+// (input channels, pixels), whose rows are then added up where the taps overlap. With one input channel too (depthwise)
+// the weights multiply while adding up. Compiled once per CPU level.
+#include "../conv_transpose.h"
+
+#include <utility>
+
+#include "attention_pack.h"
+#include "conv_transpose_blocks.h"
+#include "conv_transpose_write.h"
+
+namespace gpt4fast::cpu::GPT4FAST_LEVEL {
+namespace {
+
+constexpr int64_t kMostProducts = 128 << 10;  // of a block, in floats: half of L2
+constexpr int64_t kSteps = 128;               // that are summed in one run
+constexpr int64_t kPanel = kKeyBlock;         // pixels that are multiplied at once
+
+struct WeightLayout {
+  int64_t inputs, outputs, taps;  // of a group
+
+  explicit WeightLayout(const ConvTransposeParams& p)
+      : inputs(p.in_channels / p.groups),
+        outputs(p.out_channels / p.groups),
+        taps(p.kernel[0] * p.kernel[1] * p.kernel[2]) {}
+
+  int64_t rows() const { return taps * outputs; }
+};
+
+// (groups, taps, outputs, depth)
+template <typename scalar_t>
+void pack(const ConvTransposeParams& p, void* packed, int64_t thread, int64_t threads) {
+  using T = Compute<scalar_t>;
+  const WeightLayout layout(p);
+  const int64_t depth = padded_depth<T>(layout.inputs), rows = p.groups * layout.rows();
+  for (int64_t row = rows * thread / threads; row < rows * (thread + 1) / threads; ++row) {
+    const int64_t group = row / layout.rows(), tap = row % layout.rows() / layout.outputs;
+    const auto* source = static_cast<const scalar_t*>(p.weight) +
+                         group * layout.inputs * p.weight_strides[0] + row % layout.outputs * p.weight_strides[1] +
+                         tap / (p.kernel[1] * p.kernel[2]) * p.weight_strides[2] +
+                         tap / p.kernel[2] % p.kernel[1] * p.weight_strides[3] +
+                         tap % p.kernel[2] * p.weight_strides[4];
+    pack_row(source, p.weight_strides[0], layout.inputs, depth, static_cast<T*>(packed) + row * depth);
+  }
+}
+
+// A column of taps, and what it reaches of a line of outputs that has one phase (outputs that are equal modulo the
+// stride): outputs [first, first + count) of the phase, of inputs from `input` on.
+struct Column {
+  int64_t tap, first, count, input;
+};
+
+// A row of taps that reaches a line of outputs, and the line of inputs that it multiplies.
+struct TapRow {
+  int64_t tap;          // its first
+  const float* inputs;  // or products with its first tap's weight
+};
+
+template <typename scalar_t>
+struct Plan {
+  using T = Compute<scalar_t>;
+
+  WeightLayout layout;
+  int64_t depth;
+  Blocks blocks;
+  int64_t rows;            // of products: 1 if depthwise
+  int64_t pixels;          // between rows of products
+  T* panel;                // (depth / kDepth, kPanel, kDepth)
+  float* products;         // (rows, pixels); depthwise: the inputs themselves
+  float* lines;            // (outputs, line_length): finished
+  Column* columns;         // (kernel W), by phases
+  int64_t* first_columns;  // (phases + 1)
+  TapRow* tap_rows;        // (kernel D * H)
+  int64_t phases;          // of a line
+  int64_t line_length;
+  int64_t bytes = 0;
+
+  Plan(const ConvTransposeParams& p, int64_t threads, void* memory)
+      : layout(p),
+        depth(padded_depth<T>(layout.inputs)),
+        blocks(p, p.batch * p.out_size[0] * p.out_size[1] * p.out_size[2]),
+        rows(layout.inputs == 1 && layout.outputs == 1 ? 1 : layout.rows()) {
+    for (int64_t outputs = blocks.largest().size();
+         outputs > 64 && (blocks.most_inputs() * rows > kMostProducts || blocks.count() * p.groups < threads);) {
+      outputs /= 2;
+      blocks = Blocks(p, outputs);
+    }
+    // No power of 2 apart, or all rows would share a few lines of the caches: 1.3 times as fast.
+    pixels = round_up(blocks.most_inputs(), 64) + 16;
+    // With a stride of 2 always both, which are interleaved.
+    phases = p.stride[2] == 2 ? 2 : least(p.stride[2], blocks.largest().count[3]);
+    line_length = (round_up(divide_up(blocks.largest().count[3], phases), kLanes) + kLanes) * phases;
+    base_ = static_cast<char*>(memory);
+    take(panel, depth * kPanel);
+    take(products, rows * pixels + 2 * kLanes);  // around them is read what means nothing
+    products += kLanes;
+    take(lines, layout.outputs * line_length);
+    take(columns, p.kernel[2]);
+    take(first_columns, phases + 1);
+    take(tap_rows, p.kernel[0] * p.kernel[1]);
+  }
+
+ private:
+  template <typename Item>
+  void take(Item*& pointer, int64_t count) {
+    pointer = reinterpret_cast<Item*>(base_ + bytes);
+    bytes += round_up(count * static_cast<int64_t>(sizeof(Item)), 64);
+  }
+
+  char* base_;
+};
+
+template <typename scalar_t>
+class Kernel {
+  using T = Compute<scalar_t>;
+
+ public:
+  Kernel(const ConvTransposeParams& params, int64_t threads, const void* packed, void* memory)
+      : p(params), plan(params, threads, memory), packed_(static_cast<const T*>(packed)) {}
+
+  void run(int64_t thread, int64_t threads) {
+    const int64_t tasks = plan.blocks.count() * p.groups;
+    for (int64_t task = tasks * thread / threads; task < tasks * (thread + 1) / threads; ++task) {
+      group_ = task % p.groups;
+      outputs_ = plan.blocks[task / p.groups];
+      inputs_ = inputs_of(p, outputs_);
+      find_columns();
+      if (is_depthwise()) {
+        for_each_run(0, inputs_.size(), [&](const scalar_t* source, int64_t first, int64_t count) {
+          pack_row(source, p.input_strides[4], count, count, plan.products + first);
+        });
+        with_activation(p.activation, [&](auto activation) { add_up<true>(activation); });
+      } else {
+        multiply_inputs();
+        with_activation(p.activation, [&](auto activation) { add_up<false>(activation); });
+      }
+    }
+  }
+
+ private:
+  bool is_depthwise() const { return plan.layout.inputs == 1 && plan.layout.outputs == 1; }
+
+  void multiply_inputs() {
+    const WeightLayout& layout = plan.layout;
+    const T* weight = packed_ + group_ * layout.rows() * plan.depth;
+    const int64_t pixels = inputs_.size();
+    for (int64_t first = 0; first < pixels; first += kPanel) {
+      const int64_t count = least(kPanel, pixels - first), vectors = divide_up(count, kLanes);
+      for_each_run(first, count, [&](const scalar_t* source, int64_t pixel, int64_t length) {
+        copy_run(source, length, plan.panel + (pixel - first) * kDepth<T>);
+      });
+      const int64_t steps = plan.depth / kDepth<T>, parts = most<int64_t>(divide_up(steps, kSteps), 1);
+      for (int64_t part = 0; part < parts; ++part) {
+        const int64_t begin = steps * part / parts, length = steps * (part + 1) / parts - begin;
+        const LeftOperand<T> left = {weight + begin * kDepth<T>, plan.depth, kDepth<T>};
+        const RightOperand<T> right = {plan.panel + begin * kPanel * kDepth<T>, kPanel * kDepth<T>};
+        if (part == 0) {
+          multiply<false>(layout.rows(), left, right, length, vectors, plan.products + first, plan.pixels);
+        } else {
+          multiply<true>(layout.rows(), left, right, length, vectors, plan.products + first, plan.pixels);
+        }
+      }
+    }
+  }
+
+  // Calls use(source, pixel, length) for pixels [first, first + count) of the block's inputs, in runs that lie at one
+  // distance in memory.
+  template <typename Use>
+  void for_each_run(int64_t first, int64_t count, Use use) const {
+    int64_t run = inputs_.count[3];
+    if (run == p.in_size[2] && p.input_strides[3] == p.input_strides[4] * run) {
+      run *= inputs_.count[2];
+    }
+    for (int64_t pixel = first; pixel < first + count;) {
+      const int64_t length = least(run - pixel % run, first + count - pixel);
+      const auto* source = static_cast<const scalar_t*>(p.input) + group_ * plan.layout.inputs * p.input_strides[1];
+      int64_t rest = pixel;
+      for (int axis = 3; axis >= 0; --axis) {
+        source += (inputs_.first[axis] + rest % inputs_.count[axis]) * p.input_strides[axis == 0 ? 0 : axis + 1];
+        rest /= inputs_.count[axis];
+      }
+      use(source, pixel, length);
+      pixel += length;
+    }
+  }
+
+  void copy_run(const scalar_t* source, int64_t count, T* target) {
+    const int64_t channels = plan.layout.inputs;
+    if (p.input_strides[4] != 1 || p.input_strides[1] == 1) {
+      return pack_columns(Rows<scalar_t>{source, p.input_strides[4], p.input_strides[1], channels}, count, target);
+    }
+    for (int64_t c = 0; c < channels; c += kDepth<T>, target += kPanel * kDepth<T>) {
+      const scalar_t* from = source + c * p.input_strides[1];
+      for (int64_t i = 0; i < count; i += kLanes) {
+        const int64_t left = count - i;
+        const auto row = [&](int64_t channel) {
+          const scalar_t* at = from + channel * p.input_strides[1] + i;
+          return c + channel >= channels ? Vector{} : left >= kLanes ? load(at) : load(at, left);
+        };
+        if constexpr (kDepth<T> == 1) {
+          store_part(target + i, row(0), left);
+        } else if (left >= kLanes) {
+          store_interleaved(target + i * kDepth<T>, row(0), row(1));
+        } else {
+          T pairs[kLanes * kDepth<T>];
+          store_interleaved(pairs, row(0), row(1));
+          std::memcpy(target + i * kDepth<T>, pairs, static_cast<size_t>(left * kDepth<T>) * sizeof(T));
+        }
+      }
+    }
+  }
+
+  // The same for pixels whose channels are neighbours. Only whole panels are transposed in place.
+  void pack_columns(Rows<scalar_t> pixels, int64_t count, T* target) {
+    for (int64_t i = 0; i < count; i += kLanes) {
+      const int64_t part = least(kLanes, count - i);
+      Rows<scalar_t> some = pixels;
+      some.data += i * pixels.row_stride;
+      if (part == kLanes) {
+        pack_transposed(some, part, target + i * kDepth<T>);
+        continue;
+      }
+      for (int64_t j = 0; j < part; ++j) {
+        const scalar_t* from = some.data + j * pixels.row_stride;
+        for (int64_t c = 0; c < plan.depth; c += kDepth<T>) {
+          pack_row(from + c * pixels.stride, pixels.stride, least(kDepth<T>, pixels.columns - c), kDepth<T>,
+                   target + (c / kDepth<T> * kPanel + i + j) * kDepth<T>);
+        }
+      }
+    }
+  }
+
+  // Sorts the columns of taps by the phase that they reach.
+  void find_columns() {
+    const int64_t stride = p.stride[2];
+    int64_t count = 0;
+    for (int64_t phase = 0; phase < plan.phases; ++phase) {
+      plan.first_columns[phase] = count;
+      for (int64_t tap = 0; tap < p.kernel[2]; ++tap) {
+        const Reached reached = reached_by(p, outputs_, inputs_, 2, tap);
+        if (reached.count > 0 && reached.out % stride == phase) {
+          plan.columns[count++] = {tap, reached.out / stride, reached.count, reached.in};
+        }
+      }
+    }
+    plan.first_columns[plan.phases] = count;
+  }
+
+  template <bool kDepthwise, typename Activation>
+  void add_up(Activation activation) {
+    const int64_t outputs = plan.layout.outputs, image_size = p.out_size[0] * p.out_size[1] * p.out_size[2];
+    for (int64_t image = 0; image < outputs_.count[0]; ++image) {
+      for (int64_t d = 0; d < outputs_.count[1]; ++d) {
+        for (int64_t h = 0; h < outputs_.count[2]; ++h) {
+          const int64_t rows = find_tap_rows(image, d, h);
+          for (int64_t c = 0; c < outputs; ++c) {
+            add_line<kDepthwise>(rows, c, activation);
+          }
+          const int64_t position =
+              ((outputs_.first[1] + d) * p.out_size[1] + outputs_.first[2] + h) * p.out_size[2] + outputs_.first[3];
+          write_lines((outputs_.first[0] + image) * image_size, position, image_size);
+        }
+      }
+    }
+  }
+
+  int64_t find_tap_rows(int64_t image, int64_t d, int64_t h) {
+    TapRow* row = plan.tap_rows;
+    for (int64_t i = 0; i < p.kernel[0]; ++i) {
+      const int64_t in_d = input_of(0, i, d);
+      for (int64_t j = 0; in_d >= 0 && j < p.kernel[1]; ++j) {
+        const int64_t in_h = input_of(1, j, h);
+        if (in_h >= 0) {
+          const int64_t tap = (i * p.kernel[1] + j) * p.kernel[2];
+          const int64_t line = (image * inputs_.count[1] + in_d) * inputs_.count[2] + in_h;
+          *row++ = {tap, plan.products + line * inputs_.count[3]};
+        }
+      }
+    }
+    return row - plan.tap_rows;
+  }
+
+  // The input, counted from the block's first, that meets one output of the block by one tap; or -1.
+  int64_t input_of(int axis, int64_t tap, int64_t output) const {
+    const int64_t at = outputs_.first[axis + 1] + output + p.padding[axis] - tap * p.dilation[axis];
+    const int64_t input = at / p.stride[axis];
+    return at < 0 || at % p.stride[axis] != 0 || input >= p.in_size[axis] ? -1 : input - inputs_.first[axis + 1];
+  }
+
+  // One channel's outputs of a line.
+  template <bool kDepthwise, typename Activation>
+  void add_line(int64_t rows, int64_t c, Activation activation) {
+    const int64_t channel = group_ * plan.layout.outputs + c, stride = p.stride[2], count = outputs_.count[3];
+    const Vector scale = broadcast(p.scale[channel]), offset = broadcast(p.offset[channel]);
+    float* line = plan.lines + c * plan.line_length;
+    for (int64_t i = 0; i * stride < count; i += kLanes) {
+      Vector even = {};
+      for (int64_t phase = 0; phase < plan.phases; ++phase) {
+        const Vector sums = add_phase<kDepthwise>(rows, c, phase, i);
+        const Vector value = activation(multiply_add(sums, scale, offset), p.negative_slope);
+        if (stride == 1) {
+          store(line + i, value);
+        } else if (stride == 2 && phase == 0) {
+          even = value;
+        } else if (stride == 2) {
+          Vector low, high;
+          interleave(even, value, low, high);
+          store(line + 2 * i, low);
+          store(line + 2 * i + kLanes, high);
+        } else {
+          float values[kLanes];
+          store(values, value);
+          for (int64_t j = 0; j < kLanes; ++j) {
+            line[(i + j) * plan.phases + phase] = values[j];
+          }
+        }
+      }
+    }
+  }
+
+  // Outputs [start, start + kLanes) of one phase of a line.
+  template <bool kDepthwise>
+  [[gnu::always_inline]] Vector add_phase(int64_t rows, int64_t c, int64_t phase, int64_t start) const {
+    Vector sums = {};
+    for (int64_t row = 0; row < rows; ++row) {
+      const TapRow& taps = plan.tap_rows[row];
+      for (int64_t k = plan.first_columns[phase]; k < plan.first_columns[phase + 1]; ++k) {
+        const Column& column = plan.columns[k];
+        const int64_t from = start - column.first;
+        if (from + kLanes <= 0 || from >= column.count) {
+          continue;
+        }
+        const int64_t tap = taps.tap + column.tap;
+        const float* addends = taps.inputs + column.input + from;
+        Vector more;
+        if constexpr (kDepthwise) {
+          more = multiply_add(load(addends), broadcast(to_float(packed_ + (group_ * plan.layout.taps + tap) * plan.depth)),
+                              sums);
+        } else {
+          more = sums + load(addends + (tap * plan.layout.outputs + c) * plan.pixels);
+        }
+        const bool whole = from >= 0 && from + kLanes <= column.count;
+        sums = whole ? more : select(lanes_between(-from, column.count - from), more, sums);
+      }
+    }
+    return sums;
+  }
+
+  void write_lines(int64_t image, int64_t position, int64_t image_size) {
+    const int64_t outputs = plan.layout.outputs, count = outputs_.count[3];
+    auto* out = static_cast<scalar_t*>(p.out) + image * p.out_channels;
+    for (int64_t c = 0; c < outputs; ++c) {
+      const float* line = plan.lines + c * plan.line_length;
+      const int64_t channel = group_ * outputs + c;
+      for (int64_t i = 0; i < count; i += kLanes) {
+        if (!p.channels_last) {
+          store_part(out + channel * image_size + position + i, load(line + i), count - i);
+          continue;
+        }
+        scalar_t values[kLanes];
+        store(values, load(line + i));
+        for (int64_t j = 0; j < least(kLanes, count - i); ++j) {
+          out[(position + i + j) * p.out_channels + channel] = values[j];
+        }
+      }
+    }
+  }
+
+  const ConvTransposeParams& p;
+  Plan<scalar_t> plan;
+  const T* packed_;
+  int64_t group_;
+  Block outputs_, inputs_;
+};
+
+template <typename Use>
+auto with_type(ElementType dtype, Use use) {
+  switch (dtype) {
+    case ElementType::bfloat16: return use(BFloat16{});
+    case ElementType::float16: return use(Half{});
+    default: return use(float{});
+  }
+}
+
+int64_t packed_bytes(const ConvTransposeParams& p) {
+  return with_type(p.dtype, [&](auto type) {
+    using T = Compute<decltype(type)>;
+    const WeightLayout layout(p);
+    return p.groups * layout.rows() * padded_depth<T>(layout.inputs) * static_cast<int64_t>(sizeof(T));
+  });
+}
+
+void pack(const ConvTransposeParams& p, void* packed, int64_t thread, int64_t threads) {
+  with_type(p.dtype, [&](auto type) { pack<decltype(type)>(p, packed, thread, threads); });
+}
+
+int64_t workspace(const ConvTransposeParams& p, int64_t threads) {
+  return with_type(p.dtype, [&](auto type) { return Plan<decltype(type)>(p, threads, nullptr).bytes; });
+}
+
+void run(const ConvTransposeParams& p, const void* packed, void* memory, int64_t thread, int64_t threads) {
+  with_type(p.dtype, [&](auto type) { Kernel<decltype(type)>(p, threads, packed, memory).run(thread, threads); });
+}
+
+}  // namespace
+
+extern const ConvTransposeKernel conv_transpose_few_kernel = {packed_bytes, pack, workspace, run};
+
+}  // namespace gpt4fast::cpu::GPT4FAST_LEVEL
