@@ -53,3 +53,15 @@ def needs_native() -> None:
     """Skips the test where no native library is installed (GPT4FAST_BUILD=off)."""
     if native.cpu_library_error() is not None:
         pytest.skip(f"no native library: {native.cpu_library_error()}")
+
+
+@pytest.fixture(params=["scalar", "avx2", "avx512", "avx512_bf16"])
+def level(request, needs_native):
+    """Runs the test at each CPU level that the processor has."""
+    before = native.cpu_level()
+    try:
+        native.force_cpu_level(request.param)
+    except ValueError as reason:
+        pytest.skip(str(reason))
+    yield request.param
+    native.force_cpu_level(before)

@@ -107,31 +107,60 @@ void run_on_threads(int64_t threads, const std::function<void(int64_t)>& use) {
   });
 }
 
-// The packed weight, then the level that packed it.
+// What is written behind a packed weight.
+struct Signature {
+  int64_t level;    // of the kernel that packed it
+  int64_t sampled;  // bits of the weight it was made from
+
+  bool operator==(const Signature&) const = default;
+};
+
+// A hash of 64 elements, against writes that torch's version counter does not see (weight.data).
+int64_t sample(const Tensor& weight, const ConvTransposeParams& p) {
+  constexpr int64_t kSamples = 64;
+  const int64_t sizes[5] = {p.in_channels, p.out_channels / p.groups, p.kernel[0], p.kernel[1], p.kernel[2]};
+  const int64_t count = weight.numel(), step = count / kSamples + 1;
+  uint64_t hash = static_cast<uint64_t>(count);
+  for (int64_t at = 0; at < count; at += step) {
+    int64_t offset = 0, rest = at;
+    for (int axis = 4; axis >= 0; --axis) {
+      offset += rest % sizes[axis] * p.weight_strides[axis];
+      rest /= sizes[axis];
+    }
+    const uint64_t bits = p.dtype == ElementType::float32 ? static_cast<const uint32_t*>(p.weight)[offset]
+                                                          : static_cast<const uint16_t*>(p.weight)[offset];
+    hash = (hash ^ bits) * 0x9E3779B97F4A7C15u;
+    hash ^= hash >> 29;
+  }
+  return static_cast<int64_t>(hash);
+}
+
 Tensor pack_weight(const Tensor& weight, const ConvTransposeParams& p) {
   const ConvTransposeKernel& kernel = kernel_for(p);
-  const int64_t bytes = kernel.packed_bytes(p), level = static_cast<int64_t>(cpu_level());
+  const Signature signature = {static_cast<int64_t>(cpu_level()), sample(weight, p)};
+  const int64_t bytes = kernel.packed_bytes(p);
   const Tensor packed =
-      torch::stable::new_empty(weight, {bytes + static_cast<int64_t>(sizeof(level))}, ScalarType::Byte);
+      torch::stable::new_empty(weight, {bytes + static_cast<int64_t>(sizeof(signature))}, ScalarType::Byte);
   auto* memory = static_cast<char*>(packed.mutable_data_ptr());
   const int64_t threads = threads_for(double(weight.numel()));
   run_on_threads(threads, [&](int64_t thread) { kernel.pack(p, memory, thread, threads); });
-  std::memcpy(memory + bytes, &level, sizeof(level));
+  std::memcpy(memory + bytes, &signature, sizeof(signature));
   return packed;
 }
 
-void check_packed(const Tensor& packed, const ConvTransposeParams& p) {
-  const int64_t bytes = kernel_for(p).packed_bytes(p), expected = static_cast<int64_t>(cpu_level());
-  int64_t level = -1;
+// Whether it is what pack_weight would give.
+bool is_packed_from(const Tensor& packed, const Tensor& weight, const ConvTransposeParams& p) {
+  Signature signature;
   CHECK_CPU(packed);
-  if (packed.scalar_type() == ScalarType::Byte && packed.dim() == 1 && packed.is_contiguous() &&
-      packed.size(0) == bytes + static_cast<int64_t>(sizeof(level))) {
-    std::memcpy(&level, static_cast<const char*>(packed.const_data_ptr()) + bytes, sizeof(level));
+  CHECK_DIM(packed, 1);
+  STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Byte && packed.is_contiguous(),
+                  "expected packed to be what conv_transpose_pack gives");
+  const int64_t bytes = kernel_for(p).packed_bytes(p);
+  if (packed.size(0) != bytes + static_cast<int64_t>(sizeof(signature))) {
+    return false;
   }
-  STD_TORCH_CHECK(level == expected,
-                  "expected packed to be what conv_transpose_pack gives for this weight at this CPU level, but its "
-                  "shape is ",
-                  shape_of(packed));
+  std::memcpy(&signature, static_cast<const char*>(packed.const_data_ptr()) + bytes, sizeof(signature));
+  return signature == Signature{static_cast<int64_t>(cpu_level()), sample(weight, p)};
 }
 
 void set_weight(const Tensor& weight, int64_t groups, ConvTransposeParams& p) {
@@ -226,14 +255,12 @@ Tensor forward(const Tensor& input, const Tensor& weight, const std::optional<Te
   const Tensor affine =
       torch::stable::new_empty(input, {2, p.out_channels + ConvTransposeParams::kMostLanes}, ScalarType::Float);
   set_affine(bias, scale, shift, affine.mutable_data_ptr<float>(), p);
-  if (packed) {
-    check_packed(*packed, p);
-  }
+  const bool is_packed = packed && is_packed_from(*packed, weight, p);
   if (out.numel() == 0) {
     return out;
   }
   p.out = out.mutable_data_ptr();
-  const Tensor weights = packed ? *packed : pack_weight(weight, p);
+  const Tensor weights = is_packed ? *packed : pack_weight(weight, p);
   const ConvTransposeKernel& kernel = kernel_for(p);
   const double work = double(input.numel()) * double(weight.size(1)) * double(product(p.kernel)) + double(out.numel());
   const int64_t threads = threads_for(work), bytes = kernel.workspace(p, threads);

@@ -59,19 +59,20 @@ void pack_block(const ConvTransposeParams& p, const WeightLayout<Compute<scalar_
   };
   for (int64_t c = 0; c < layout.depth; c += kDepth<T>) {
     for (int64_t lane = 0; lane < layout.width; lane += kLanes) {
+      const int64_t lanes = most<int64_t>(least(kLanes, channels - lane), 0);
       for (int64_t tap = 0; tap < layout.taps; tap += kLanes) {
         const int64_t taps = least(kLanes, layout.taps - tap);
         Vector rows[kDepth<T>][kLanes] = {};  // for kDepth channels: for each tap a vector of output channels
         for (int64_t i = 0; i < kDepth<T> && c + i < layout.group_inputs; ++i) {
           const scalar_t* from = source + (c + i) * strides[0] + lane * strides[1];
           if (taps_adjacent && layout.taps > 1) {
-            for (int64_t j = 0; j < least(kLanes, channels - lane); ++j) {
+            for (int64_t j = 0; j < lanes; ++j) {
               rows[i][j] = taps == kLanes ? load(from + j * strides[1] + tap) : load(from + j * strides[1] + tap, taps);
             }
             transpose(rows[i]);
           } else {
             for (int64_t j = 0; j < taps; ++j) {
-              rows[i][j] = read_vector(from + offset_of(tap + j), strides[1], channels - lane);
+              rows[i][j] = read_vector(from + offset_of(tap + j), strides[1], lanes);
             }
           }
         }

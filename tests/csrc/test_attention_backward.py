@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from gpt4fast.backends import native
 from gpt4fast.backends.reference.dropout import keep_mask
 
 pytestmark = pytest.mark.usefixtures("needs_native")
@@ -253,21 +252,6 @@ SHAPES = [
 ]
 
 
-@pytest.fixture
-def level(request):
-    """Runs the test at a CPU level, where the processor has it."""
-    before = native.cpu_level()
-    try:
-        native._bindings().force_cpu_level(request.param)
-    except ValueError as error:
-        pytest.skip(str(error))
-    yield request.param
-    native._bindings().force_cpu_level(before)
-
-
-LEVELS = pytest.mark.parametrize("level", ["scalar", "avx2", "avx512", "avx512_bf16"], indirect=True)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", OPTION_NAMES)
 def test_matches_float64(name, dtype):
@@ -276,7 +260,6 @@ def test_matches_float64(name, dtype):
         assert_close(make_inputs(*shape, dtype), **options_named(name, batch, heads, queries, keys))
 
 
-@LEVELS
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_level(level, dtype):
     for name in ("plain", "causal", "window", "all"):
@@ -285,7 +268,6 @@ def test_every_level(level, dtype):
             assert_close(make_inputs(*shape, dtype), **options_named(name, batch, heads, queries, keys))
 
 
-@LEVELS
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("shape", [(2, 3, 3, 130, 130, 64, 64), (1, 2, 2, 300, 300, 128, 128)])

@@ -14,8 +14,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from gpt4fast.backends import native
-
 pytestmark = pytest.mark.usefixtures("needs_native")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -425,17 +423,6 @@ def test_the_same_bits_again_and_for_any_number_of_threads(dtype):
                 assert all(map(torch.equal, result, results[0]))
     finally:
         torch.set_num_threads(threads_before)
-
-
-@pytest.fixture(params=["scalar", "avx2", "avx512", "avx512_bf16"])
-def level(request):
-    before = native.cpu_level()
-    try:
-        native.force_cpu_level(request.param)
-    except ValueError as reason:
-        pytest.skip(str(reason))
-    yield request.param
-    native.force_cpu_level(before)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

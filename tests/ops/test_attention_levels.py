@@ -10,24 +10,10 @@ import torch
 from torch.nn import functional as F
 
 import gpt4fast
-from gpt4fast.backends import native
 
 pytestmark = pytest.mark.usefixtures("needs_native")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-LEVELS = ["scalar", "avx2", "avx512", "avx512_bf16"]
-
-
-@pytest.fixture(params=LEVELS)
-def level(request, needs_native):
-    module = native._bindings()
-    before = module.cpu_level()
-    try:
-        module.force_cpu_level(request.param)
-    except ValueError as error:
-        pytest.skip(str(error))
-    yield request.param
-    module.force_cpu_level(before)
 
 
 def attend(function, tensors, causal, grad_out):

@@ -9,6 +9,7 @@ from torch import Tensor
 from .. import native
 from ..aten.conv_transpose import FUNCTIONS
 from ..reference.conv_transpose import ACTIVATIONS, epilogue, memory_format, output_sizes
+from .packed_weights import packed_weight
 
 
 def conv_transpose(
@@ -29,7 +30,7 @@ def conv_transpose(
     channels_last = memory_format(input, weight) != torch.contiguous_format
     return torch.ops.gpt4fast.conv_transpose_forward(
         input, weight, bias, stride, padding, output_padding, groups, dilation, scale, shift, activation or "none",
-        negative_slope, channels_last,
+        negative_slope, channels_last, packed_weight(weight, groups),
     )  # fmt: skip
 
 
@@ -67,6 +68,7 @@ def _fake_conv_transpose(
     activation,
     slope,
     channels_last,
+    packed=None,
 ):
     sizes = output_sizes(input.shape[2:], weight.shape[2:], stride, padding, output_padding, dilation)
     output = input.new_empty(input.shape[0], weight.shape[1] * groups, *sizes)
@@ -115,7 +117,7 @@ def _affine_backward(grad, output, bias, scale, shift, activation, negative_slop
 
 
 def _setup_conv_transpose(ctx, inputs, output):
-    input, weight, bias, *geometry, scale, shift, activation, slope, _ = inputs
+    input, weight, bias, *geometry, scale, shift, activation, slope, _, _ = inputs
     ctx.save_for_backward(input, weight, bias, scale, shift)
     ctx.settings = geometry, activation, slope
 
@@ -134,7 +136,7 @@ def _backward_conv_transpose(ctx, grad):
     grad_input, grad_weight, _ = torch.ops.aten.convolution_backward(
         grad, input, weight, None, stride, padding, dilation, True, output_padding, groups, wanted
     )
-    return grad_input, grad_weight, grad_bias, *(None,) * 5, grad_scale, grad_shift, None, None, None
+    return grad_input, grad_weight, grad_bias, *(None,) * 5, grad_scale, grad_shift, *(None,) * 4
 
 
 def _setup_affine(ctx, inputs, output):
