@@ -29,18 +29,42 @@ inline int64_t size_of(const ConvTransposeParams& p, int axis) {
   return axis == 0 ? p.batch : p.out_size[axis - 1];
 }
 
+// A tap connects a place of the coarse grid and one of the fine grid, along each dimension where
+//   fine + padding - tap * dilation = coarse * stride.
+// A transposed convolution goes from the coarse grid to the fine one, its adjoint, a convolution, back.
+
 // The inputs that a block's outputs are made of, and perhaps others between them.
 inline Block inputs_of(const ConvTransposeParams& p, const Block& outputs) {
   Block inputs = outputs;
   for (int axis = 0; axis < 3; ++axis) {
-    const int64_t begin = outputs.first[axis + 1] + p.padding[axis], reach = (p.kernel[axis] - 1) * p.dilation[axis];
-    const int64_t first = most<int64_t>(divide_up(begin - reach, p.stride[axis]), 0);
-    const int64_t last =
-        least(divide_down(begin + outputs.count[axis + 1] - 1, p.stride[axis]), p.in_size[axis] - 1);
-    inputs.first[axis + 1] = first;
-    inputs.count[axis + 1] = most<int64_t>(last - first + 1, 0);
+    const int64_t begin = outputs.first[axis + 1], end = begin + outputs.count[axis + 1] - 1;
+    const int64_t stride = p.stride[axis], padding = p.padding[axis];
+    const int64_t reach = (p.kernel[axis] - 1) * p.dilation[axis];
+    const int64_t first = p.is_adjoint ? begin * stride - padding : divide_up(begin + padding - reach, stride);
+    const int64_t last = p.is_adjoint ? end * stride - padding + reach : divide_down(end + padding, stride);
+    inputs.first[axis + 1] = most<int64_t>(first, 0);
+    inputs.count[axis + 1] = most<int64_t>(least(last, p.in_size[axis] - 1) - inputs.first[axis + 1] + 1, 0);
   }
   return inputs;
+}
+
+// Calls use(offset, pixel, count) for a block of a tensor (N, C, *sizes): runs of count pixels that lie at one distance in
+// memory, from that offset on; pixel counts those of the block.
+template <typename Use>
+void for_each_run(const Block& block, const int64_t (&sizes)[3], const int64_t* strides, Use use) {
+  int64_t run = block.count[3], lines = block.count[0] * block.count[1] * block.count[2];
+  if (block.count[3] == sizes[2] && strides[3] == strides[4] * sizes[2]) {
+    run *= block.count[2];
+    lines /= most<int64_t>(block.count[2], 1);
+  }
+  for (int64_t line = 0; line < lines && run > 0; ++line) {
+    int64_t rest = line * run, offset = 0;
+    for (int axis = 3; axis >= 0; --axis) {
+      offset += (block.first[axis] + rest % block.count[axis]) * strides[axis == 0 ? 0 : axis + 1];
+      rest /= block.count[axis];
+    }
+    use(offset, line * run, run);
+  }
 }
 
 // The outputs of a block along one dimension that a tap of the kernel reaches: count of them, out + i * out_step from the
@@ -51,17 +75,21 @@ struct Reached {
 
 inline Reached reached_by(const ConvTransposeParams& p, const Block& outputs, const Block& inputs, int axis,
                           int64_t tap) {
-  // Output o and input i meet where o + padding - tap * dilation = i * stride.
-  const int64_t stride = p.stride[axis], begin = outputs.first[axis + 1];
-  const int64_t shift = p.padding[axis] - tap * p.dilation[axis];
+  const int64_t stride = p.stride[axis], begin = outputs.first[axis + 1], size = p.in_size[axis];
+  const int64_t end = begin + outputs.count[axis + 1] - 1, shift = p.padding[axis] - tap * p.dilation[axis];
+  if (p.is_adjoint) {
+    const int64_t first = most(divide_up(shift, stride), begin), last = least(divide_down(size - 1 + shift, stride), end);
+    return {first - begin, 1, first * stride - shift - inputs.first[axis + 1], stride,
+            most<int64_t>(last - first + 1, 0)};
+  }
   const int64_t first = most(divide_up(begin + shift, stride), inputs.first[axis + 1]);
-  const int64_t last = least(divide_down(begin + outputs.count[axis + 1] - 1 + shift, stride), p.in_size[axis] - 1);
+  const int64_t last = least(divide_down(end + shift, stride), size - 1);
   return {first * stride - shift - begin, stride, first - inputs.first[axis + 1], 1, most<int64_t>(last - first + 1, 0)};
 }
 
 // Whether no output is reached by more than one tap.
 inline bool has_one_tap(const ConvTransposeParams& p) {
-  bool one = true;
+  bool one = !p.is_adjoint;
   for (int axis = 0; axis < 3; ++axis) {
     one = one && (p.in_size[axis] == 1 || p.kernel[axis] <= p.stride[axis]);
   }
@@ -75,7 +103,7 @@ class Blocks {
   // reaches equally many outputs of each.
   Blocks(const ConvTransposeParams& p, int64_t most_outputs) : p_(&p) {
     for (int axis = 3; axis >= 0; --axis) {
-      const int64_t size = size_of(p, axis), stride = axis == 0 ? 1 : p.stride[axis - 1];
+      const int64_t size = size_of(p, axis), stride = axis == 0 || p.is_adjoint ? 1 : p.stride[axis - 1];
       const int64_t wanted = divide_up(size, most<int64_t>(most_outputs, 1));
       step_[axis] = least(round_up(divide_up(size, wanted), stride), size);
       parts_[axis] = divide_up(size, step_[axis]);
@@ -103,8 +131,10 @@ class Blocks {
   int64_t most_inputs() const {
     int64_t inputs = step_[0];
     for (int axis = 0; axis < 3; ++axis) {
-      const int64_t reach = step_[axis + 1] - 1 + (p_->kernel[axis] - 1) * p_->dilation[axis];
-      inputs *= least(reach / p_->stride[axis] + 1, p_->in_size[axis]);
+      const int64_t reach = (p_->kernel[axis] - 1) * p_->dilation[axis], length = step_[axis + 1] - 1;
+      const int64_t spanned =
+          p_->is_adjoint ? length * p_->stride[axis] + reach + 1 : (length + reach) / p_->stride[axis] + 1;
+      inputs *= least(spanned, p_->in_size[axis]);
     }
     return inputs;
   }

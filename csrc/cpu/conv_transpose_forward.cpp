@@ -1,9 +1,6 @@
 // The operators gpt4fast::conv_transpose_forward and conv_transpose_pack on a CPU.
 #include "../conv_transpose.h"
 
-#include <algorithm>
-#include <cstring>
-#include <functional>
 #include <optional>
 #include <vector>
 
@@ -15,51 +12,13 @@
 #include "../common/checks.h"
 #include "../common/dtypes.h"
 #include "../common/strings.h"
-#include "attention_arguments.h"
-#include "cpu_level.h"
+#include "conv_transpose_arguments.h"
 
 namespace gpt4fast::cpu {
-
-GPT4FAST_KERNEL_OF_LEVELS(ConvTransposeKernel, conv_transpose_kernel)
-GPT4FAST_KERNEL_OF_LEVELS(ConvTransposeKernel, conv_transpose_few_kernel)
-
 namespace {
 
-using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-// Sizes up to this keep every index computed here, sums of products of two of them, below 2^63.
-constexpr int64_t kLargest = int64_t{1} << 30;
-constexpr int64_t kMostElements = int64_t{1} << 48;
-
-constexpr int64_t kFewOutputs = 4;  // channels of a group that conv_transpose_few_kernel.cpp computes
-
-void read_list(const std::vector<int64_t>& values, const char* name, int64_t dims, int64_t least,
-               int64_t (&target)[3]) {
-  STD_TORCH_CHECK(static_cast<int64_t>(values.size()) == dims, "expected ", name,
-                  " to have one number for each of the ", dims, " spatial dimensions, but it has ", values.size());
-  for (int64_t i = 0; i < dims; ++i) {
-    STD_TORCH_CHECK(least <= values[i] && values[i] <= kLargest, "expected ", name, " to be from ", least,
-                    " to 2^30, but it is ", values[i]);
-    target[3 - dims + i] = values[i];
-  }
-}
-
-// Strides of (N, C, *spatial), spatial dimensions that are absent before those that are there.
-void copy_strides(const Tensor& tensor, int64_t (&strides)[5]) {
-  const int64_t dims = tensor.dim() - 2;
-  std::fill_n(strides, 5, 0);
-  strides[0] = tensor.stride(0);
-  strides[1] = tensor.stride(1);
-  for (int64_t i = 0; i < dims; ++i) {
-    strides[5 - dims + i] = tensor.stride(2 + i);
-  }
-}
-
-int64_t product(const int64_t (&sizes)[3]) {
-  return sizes[0] * sizes[1] * sizes[2];
-}
 
 std::vector<float> read_channels(const std::optional<Tensor>& values, const char* name, int64_t channels,
                                  float otherwise) {
@@ -93,104 +52,6 @@ void set_affine(const std::optional<Tensor>& bias, const std::optional<Tensor>& 
   p.offset = offsets;
 }
 
-// By the weight alone, so that a packed one serves all inputs.
-const ConvTransposeKernel& kernel_for(const ConvTransposeParams& p) {
-  return p.out_channels / p.groups <= kFewOutputs ? active_conv_transpose_few_kernel()
-                                                  : active_conv_transpose_kernel();
-}
-
-void run_on_threads(int64_t threads, const std::function<void(int64_t)>& use) {
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t thread = begin; thread < end; ++thread) {
-      use(thread);
-    }
-  });
-}
-
-// What is written behind a packed weight.
-struct Signature {
-  int64_t level;    // of the kernel that packed it
-  int64_t sampled;  // bits of the weight it was made from
-
-  bool operator==(const Signature&) const = default;
-};
-
-// A hash of 64 elements, against writes that torch's version counter does not see (weight.data).
-int64_t sample(const Tensor& weight, const ConvTransposeParams& p) {
-  constexpr int64_t kSamples = 64;
-  const int64_t sizes[5] = {p.in_channels, p.out_channels / p.groups, p.kernel[0], p.kernel[1], p.kernel[2]};
-  const int64_t count = weight.numel(), step = count / kSamples + 1;
-  uint64_t hash = static_cast<uint64_t>(count);
-  for (int64_t at = 0; at < count; at += step) {
-    int64_t offset = 0, rest = at;
-    for (int axis = 4; axis >= 0; --axis) {
-      offset += rest % sizes[axis] * p.weight_strides[axis];
-      rest /= sizes[axis];
-    }
-    const uint64_t bits = p.dtype == ElementType::float32 ? static_cast<const uint32_t*>(p.weight)[offset]
-                                                          : static_cast<const uint16_t*>(p.weight)[offset];
-    hash = (hash ^ bits) * 0x9E3779B97F4A7C15u;
-    hash ^= hash >> 29;
-  }
-  return static_cast<int64_t>(hash);
-}
-
-Tensor pack_weight(const Tensor& weight, const ConvTransposeParams& p) {
-  const ConvTransposeKernel& kernel = kernel_for(p);
-  const Signature signature = {static_cast<int64_t>(cpu_level()), sample(weight, p)};
-  const int64_t bytes = kernel.packed_bytes(p);
-  const Tensor packed =
-      torch::stable::new_empty(weight, {bytes + static_cast<int64_t>(sizeof(signature))}, ScalarType::Byte);
-  auto* memory = static_cast<char*>(packed.mutable_data_ptr());
-  const int64_t threads = threads_for(double(weight.numel()));
-  run_on_threads(threads, [&](int64_t thread) { kernel.pack(p, memory, thread, threads); });
-  std::memcpy(memory + bytes, &signature, sizeof(signature));
-  return packed;
-}
-
-// Whether it is what pack_weight would give.
-bool is_packed_from(const Tensor& packed, const Tensor& weight, const ConvTransposeParams& p) {
-  Signature signature;
-  CHECK_CPU(packed);
-  CHECK_DIM(packed, 1);
-  STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Byte && packed.is_contiguous(),
-                  "expected packed to be what conv_transpose_pack gives");
-  const int64_t bytes = kernel_for(p).packed_bytes(p);
-  if (packed.size(0) != bytes + static_cast<int64_t>(sizeof(signature))) {
-    return false;
-  }
-  std::memcpy(&signature, static_cast<const char*>(packed.const_data_ptr()) + bytes, sizeof(signature));
-  return signature == Signature{static_cast<int64_t>(cpu_level()), sample(weight, p)};
-}
-
-void set_weight(const Tensor& weight, int64_t groups, ConvTransposeParams& p) {
-  CHECK_CPU(weight);
-  STD_TORCH_CHECK(3 <= weight.dim() && weight.dim() <= 5,
-                  "expected weight to have 3 to 5 dimensions, but its shape is ", shape_of(weight));
-  STD_TORCH_CHECK(groups >= 1 && weight.size(0) % groups == 0,
-                  "expected groups to be positive and to divide the channels of input, but it is ", groups,
-                  " and the shape of weight is ", shape_of(weight));
-  STD_TORCH_CHECK(weight.numel() < kMostElements && weight.size(1) < kLargest && groups < kLargest,
-                  "expected weight to have fewer than 2^48 elements, but its shape is ", shape_of(weight));
-  p.in_channels = weight.size(0);
-  p.groups = groups;
-  p.out_channels = weight.size(1) * groups;
-  const int64_t dims = weight.dim() - 2;
-  std::fill_n(p.kernel, 3, 1);
-  for (int64_t i = 0; i < dims; ++i) {
-    p.kernel[3 - dims + i] = weight.size(2 + i);
-    STD_TORCH_CHECK(1 <= weight.size(2 + i) && weight.size(2 + i) < kLargest,
-                    "expected the spatial sizes of weight to be from 1 to 2^30, but its shape is ", shape_of(weight));
-  }
-  STD_TORCH_CHECK(double(p.kernel[0]) * double(p.kernel[1]) * double(p.kernel[2]) < double(kMostElements),
-                  "expected the spatial sizes of weight to multiply to less than 2^48, but its shape is ",
-                  shape_of(weight));
-  copy_strides(weight, p.weight_strides);
-  p.weight = weight.const_data_ptr();
-  p.dtype = element_type_of(weight, "weight");
-  STD_TORCH_CHECK(p.dtype != ElementType::int8, "expected weight to be float32, bfloat16 or float16, but it is int8");
-}
-
 Tensor pack(const Tensor& weight, int64_t groups) {
   ConvTransposeParams p{};
   set_weight(weight, groups, p);
@@ -206,69 +67,17 @@ Tensor forward(const Tensor& input, const Tensor& weight, const std::optional<Te
   p.activation = parse_activation(take_string(activation));  // first: a failed check must not lose the string
   p.negative_slope = static_cast<float>(negative_slope);
   p.channels_last = channels_last;
-  CHECK_CPU(input);
-  STD_TORCH_CHECK(3 <= input.dim() && input.dim() <= 5, "expected input to have 3 to 5 dimensions, but its shape is ",
-                  shape_of(input));
-  p.dtype = element_type_of(input, "input");
-  CHECK_DIM(weight, input.dim());
-  CHECK_DTYPE(weight, input.scalar_type());
-  CHECK_SIZE(weight, 0, input.size(1));
-  set_weight(weight, groups, p);
-  const int64_t dims = input.dim() - 2;
-  STD_TORCH_CHECK(!channels_last || dims > 1, "expected channels_last to be False for 1 spatial dimension");
-
-  for (auto* sizes : {&p.in_size, &p.out_size, &p.stride, &p.dilation}) {
-    std::fill_n(*sizes, 3, 1);
-  }
-  int64_t extra[3] = {};
-  read_list(stride, "stride", dims, 1, p.stride);
-  read_list(padding, "padding", dims, 0, p.padding);
-  read_list(output_padding, "output_padding", dims, 0, extra);
-  read_list(dilation, "dilation", dims, 1, p.dilation);
-  STD_TORCH_CHECK(input.numel() < kMostElements, "expected input to have fewer than 2^48 elements, but its shape is ",
-                  shape_of(input));
-  p.batch = input.size(0);
-  std::vector<int64_t> out_shape{p.batch, p.out_channels};
-  for (int64_t i = 0; i < dims; ++i) {
-    const int64_t axis = 3 - dims + i;
-    p.in_size[axis] = input.size(2 + i);
-    STD_TORCH_CHECK(1 <= p.in_size[axis] && p.in_size[axis] < kLargest,
-                    "expected the spatial sizes of input to be from 1 to 2^30, but its shape is ", shape_of(input));
-    p.out_size[axis] = (p.in_size[axis] - 1) * p.stride[axis] - 2 * p.padding[axis] +
-                       p.dilation[axis] * (p.kernel[axis] - 1) + extra[axis] + 1;
-    STD_TORCH_CHECK(p.out_size[axis] >= 1, "expected padding to leave at least one output, but it is ", padding[i],
-                    " and the size of the output would be ", p.out_size[axis]);
-    out_shape.push_back(p.out_size[axis]);
-  }
-  // A tensor without channels has no elements, however large these.
-  STD_TORCH_CHECK(double(p.in_size[0]) * double(p.in_size[1]) * double(p.in_size[2]) < double(kMostElements),
-                  "expected the spatial sizes of input to multiply to less than 2^48, but its shape is ",
-                  shape_of(input));
-  copy_strides(input, p.input_strides);
-  p.input = input.const_data_ptr();
-
-  const auto format = !channels_last ? MemoryFormat::Contiguous
-                      : dims == 2    ? MemoryFormat::ChannelsLast
-                                     : MemoryFormat::ChannelsLast3d;
-  const Tensor out =
-      torch::stable::empty(out_shape, input.scalar_type(), std::nullopt, input.device(), std::nullopt, format);
+  const Tensor out = empty_images(set_input(input, weight, groups, {stride, padding, output_padding, dilation}, p), input,
+                                  channels_last);
   const Tensor affine =
       torch::stable::new_empty(input, {2, p.out_channels + ConvTransposeParams::kMostLanes}, ScalarType::Float);
   set_affine(bias, scale, shift, affine.mutable_data_ptr<float>(), p);
   const bool is_packed = packed && is_packed_from(*packed, weight, p);
-  if (out.numel() == 0) {
-    return out;
+  if (out.numel() > 0) {
+    p.out = out.mutable_data_ptr();
+    run_kernel(p, is_packed ? *packed : pack_weight(weight, p),
+               double(input.numel()) * double(weight.numel()) / double(weight.size(0)) + double(out.numel()));
   }
-  p.out = out.mutable_data_ptr();
-  const Tensor weights = is_packed ? *packed : pack_weight(weight, p);
-  const ConvTransposeKernel& kernel = kernel_for(p);
-  const double work = double(input.numel()) * double(weight.size(1)) * double(product(p.kernel)) + double(out.numel());
-  const int64_t threads = threads_for(work), bytes = kernel.workspace(p, threads);
-  const Tensor workspace = torch::stable::new_empty(input, {threads, bytes}, ScalarType::Byte);
-  char* memory = static_cast<char*>(workspace.mutable_data_ptr());
-  run_on_threads(threads, [&](int64_t thread) {
-    kernel.run(p, weights.const_data_ptr(), memory + thread * bytes, thread, threads);
-  });
   return out;
 }
 

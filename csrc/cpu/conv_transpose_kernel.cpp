@@ -1,7 +1,8 @@
 // Transposed convolution on the CPU as products of pixels, without an im2col buffer: each tap of the kernel multiplies
 // the inputs that it reads by its (channels, output channels) matrix and adds the result to the outputs that it
 // reaches. No product with an inserted zero or with padding is ever formed, whatever the stride and the dilation. A task
-// is a block of outputs for as many output channels as a tile of registers holds. Compiled once per CPU level.
+// is a block of outputs for as many output channels as a tile of registers holds. The same loops, with the grids' roles
+// exchanged, compute the convolution that is the gradient of the input. Compiled once per CPU level.
 #include "../conv_transpose.h"
 
 #include <type_traits>
@@ -50,8 +51,9 @@ void pack_block(const ConvTransposeParams& p, const WeightLayout<Compute<scalar_
   const int64_t channels = layout.channels(block);
   const bool taps_adjacent =
       strides[4] == 1 && strides[3] == p.kernel[2] && strides[2] == p.kernel[1] * p.kernel[2];
-  const auto* source = static_cast<const scalar_t*>(p.weight) + group * layout.group_inputs * strides[0] +
-                       block * layout.width * strides[1];
+  const int64_t group_step = p.is_adjoint ? layout.group_outputs * strides[1] : layout.group_inputs * strides[0];
+  const auto* source =
+      static_cast<const scalar_t*>(p.weight) + group * group_step + block * layout.width * strides[1];
   const auto offset_of = [&](int64_t tap) {
     return taps_adjacent ? tap
                          : tap / (p.kernel[1] * p.kernel[2]) * strides[2] +
@@ -186,24 +188,13 @@ class Kernel {
 
   // Brings the block's inputs into the order (images, D, H, W, channels).
   void copy_inputs() {
-    int64_t run = inputs_.count[3], lines = inputs_.size() / most<int64_t>(run, 1);
-    const int64_t pixel = p.input_strides[4];
-    if (inputs_.count[3] == p.in_size[2] && p.input_strides[3] == pixel * p.in_size[2]) {
-      run *= inputs_.count[2];
-      lines /= most<int64_t>(inputs_.count[2], 1);
-    }
-    for (int64_t line = 0; line < lines; ++line) {
-      int64_t rest = line * run;
-      const auto* source = static_cast<const scalar_t*>(p.input);
-      for (int axis = 3; axis >= 0; --axis) {
-        source += (inputs_.first[axis] + rest % inputs_.count[axis]) * p.input_strides[axis == 0 ? 0 : axis + 1];
-        rest /= inputs_.count[axis];
-      }
+    const auto* input = static_cast<const scalar_t*>(p.input);
+    for_each_run(inputs_, p.in_size, p.input_strides, [&](int64_t offset, int64_t pixel, int64_t count) {
       for (int64_t group = 0; group < p.groups; ++group) {
-        copy_line(source + group * plan.layout.group_inputs * p.input_strides[1], run,
-                  plan.inputs + line * run * strides_[3] + group * plan.layout.depth);
+        copy_line(input + offset + group * plan.layout.group_inputs * p.input_strides[1], count,
+                  plan.inputs + pixel * strides_[3] + group * plan.layout.depth);
       }
-    }
+    });
   }
 
   // One group's channels of pixels that lie at one distance.
@@ -264,12 +255,13 @@ class Kernel {
         for (int64_t j = 0; j < rows.count; ++j) {
           const int64_t line = (image * outputs_.count[1] + depths.out + i * depths.out_step) * outputs_.count[2] +
                                rows.out + j * rows.out_step;
-          RowPlace next = {image * strides_[0] + (depths.in + i) * strides_[1] + (rows.in + j) * strides_[2] +
+          RowPlace next = {image * strides_[0] + (depths.in + i * depths.in_step) * strides_[1] +
+                               (rows.in + j * rows.in_step) * strides_[2] +
                                columns.in * strides_[3],
                            (line * outputs_.count[3] + columns.out) * width};
           for (int64_t k = 0; k < columns.count; ++k) {
             *place++ = next;
-            next.left += strides_[3];
+            next.left += columns.in_step * strides_[3];
             next.sums += columns.out_step * width;
           }
         }

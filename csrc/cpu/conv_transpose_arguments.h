@@ -1,0 +1,53 @@
+#pragma once
+
+// What the operators of transposed convolution have in common: their arguments, checked and turned into parameters.
+
+#include <cstdint>
+#include <functional>
+#include <optional>
+#include <vector>
+
+#include <torch/csrc/stable/tensor.h>
+
+#include "../conv_transpose.h"
+
+namespace gpt4fast::cpu {
+
+struct ConvTransposeGeometry {
+  const std::vector<int64_t>& stride;
+  const std::vector<int64_t>& padding;
+  const std::vector<int64_t>& output_padding;
+  const std::vector<int64_t>& dilation;
+};
+
+// Those of the weight alone. Throws std::runtime_error, like what follows, where an argument would make a kernel leave
+// its memory.
+void set_weight(const torch::stable::Tensor& weight, int64_t groups, ConvTransposeParams& p);
+
+// All but the output. Returns its shape.
+std::vector<int64_t> set_input(const torch::stable::Tensor& input, const torch::stable::Tensor& weight, int64_t groups,
+                               const ConvTransposeGeometry& geometry, ConvTransposeParams& p);
+
+// The kernel is chosen by the weight alone, so that a packed one serves all inputs.
+const ConvTransposeKernel& kernel_for(const ConvTransposeParams& p);
+
+// The weight in the kernel's order, and behind it what it was made from.
+torch::stable::Tensor pack_weight(const torch::stable::Tensor& weight, const ConvTransposeParams& p);
+
+// Whether it is what pack_weight would give.
+bool is_packed_from(const torch::stable::Tensor& packed, const torch::stable::Tensor& weight,
+                    const ConvTransposeParams& p);
+
+// Computes p.out.
+void run_kernel(const ConvTransposeParams& p, const torch::stable::Tensor& packed, double multiplications);
+
+// Strides of (N, C, *spatial), spatial dimensions that are absent before those that are there.
+void copy_strides(const torch::stable::Tensor& tensor, int64_t (&strides)[5]);
+
+// Uninitialised, channels last or first.
+torch::stable::Tensor empty_images(const std::vector<int64_t>& shape, const torch::stable::Tensor& like,
+                                   bool channels_last);
+
+void run_on_threads(int64_t threads, const std::function<void(int64_t)>& use);
+
+}  // namespace gpt4fast::cpu

@@ -1,0 +1,314 @@
+// Gradient of the weight of a transposed convolution: for each tap the product (input channels, pairs) @ (pairs, output
+// channels) over all pairs of an input and an output that the tap connects. Blocks of inputs are copied, channels first,
+// and the outputs that they reach, channels last; then a tile of the gradient stays in registers while its pairs run.
+// Sums are in float32, also of half types. Compiled once per CPU level.
+#include "../conv_transpose.h"
+
+#include <utility>
+
+#include "conv_transpose_blocks.h"
+#include "conv_transpose_write.h"
+#include "pack_row.h"
+
+namespace gpt4fast::cpu::GPT4FAST_LEVEL {
+namespace {
+
+constexpr int64_t kMostInputs = 512;   // pixels of a block
+constexpr int64_t kPairs = 128;        // whose outputs stay in L1, 32 KiB
+constexpr int64_t kMostBytes = 512 << 10;  // of a block's outputs, for the channels of one tile
+
+// A pair: the pixel's place among a block's inputs, and among the outputs.
+struct Pair {
+  int64_t input, output;
+};
+
+template <int kRows, int kVectors>
+[[gnu::always_inline]] inline void add_pairs_tile(const float* input, int64_t input_row, const float* outputs,
+                                                  const Pair* pairs, int64_t count, float* sums) {
+  Vector tile[kRows][kVectors];
+#pragma GCC unroll 8
+  for (int row = 0; row < kRows; ++row) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      tile[row][v] = Vector{};
+    }
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    const float* left = input + pairs[i].input;
+    const float* from = outputs + pairs[i].output;
+    Vector right[kVectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      right[v] = load(from + v * kLanes);
+    }
+#pragma GCC unroll 8
+    for (int row = 0; row < kRows; ++row) {
+      const Vector value = broadcast(left[row * input_row]);
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) {
+        tile[row][v] = multiply_add(value, right[v], tile[row][v]);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int row = 0; row < kRows; ++row) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      float* to = sums + (row * kVectors + v) * kLanes;
+      store(to, load(to) + tile[row][v]);
+    }
+  }
+}
+
+// sums (rows, kVectors * kLanes) += over pairs input[row][pair.input] * outputs[pair.output][...]
+template <int kVectors>
+void add_pairs(int64_t rows, const float* input, int64_t input_row, const float* outputs, const Pair* pairs,
+               int64_t count, float* sums) {
+  for (; rows >= kTileRows; rows -= kTileRows, input += kTileRows * input_row, sums += kTileRows * kVectors * kLanes) {
+    add_pairs_tile<kTileRows, kVectors>(input, input_row, outputs, pairs, count, sums);
+  }
+  for (; rows > 0; --rows, input += input_row, sums += kVectors * kLanes) {
+    add_pairs_tile<1, kVectors>(input, input_row, outputs, pairs, count, sums);
+  }
+}
+
+void add_pairs(int64_t vectors, int64_t rows, const float* input, int64_t input_row, const float* outputs,
+               const Pair* pairs, int64_t count, float* sums) {
+  switch (vectors) {
+    case 1: return add_pairs<1>(rows, input, input_row, outputs, pairs, count, sums);
+    case 2: return add_pairs<2>(rows, input, input_row, outputs, pairs, count, sums);
+    default:
+      if constexpr (kTileVectors == 4) {
+        if (vectors == 3) {
+          add_pairs<3>(rows, input, input_row, outputs, pairs, count, sums);
+        } else {
+          add_pairs<4>(rows, input, input_row, outputs, pairs, count, sums);
+        }
+      }
+  }
+}
+
+// The params of the adjoint: its outputs are the inputs here, so that blocks of them know what they reach.
+ConvTransposeParams adjoint_of(const ConvTransposeParams& p) {
+  ConvTransposeParams adjoint = p;
+  adjoint.is_adjoint = true;
+  for (int axis = 0; axis < 3; ++axis) {
+    adjoint.in_size[axis] = p.out_size[axis];
+    adjoint.out_size[axis] = p.in_size[axis];
+  }
+  return adjoint;
+}
+
+struct Plan {
+  ConvTransposeParams adjoint;
+  int64_t inputs, outputs, taps;  // channels of a group
+  int64_t width, parts;           // channels of a tile, and tiles
+  Blocks blocks;                  // of inputs
+  int64_t input_row;              // between channels of the copied inputs
+  float* input;                   // (inputs, input_row)
+  float* output;                  // (pixels, width)
+  float* sums;                    // (taps, inputs, width)
+  Pair* pairs;                    // (pixels of a block of inputs)
+  int64_t bytes = 0;
+
+  Plan(const ConvTransposeParams& p, void* memory)
+      : adjoint(adjoint_of(p)),
+        inputs(p.in_channels / p.groups),
+        outputs(p.out_channels / p.groups),
+        taps(p.kernel[0] * p.kernel[1] * p.kernel[2]),
+        blocks(adjoint, kMostInputs) {
+    const int64_t vectors = divide_up(outputs, kLanes);
+    width = divide_up(vectors, divide_up(vectors, kTileVectors)) * kLanes;
+    parts = divide_up(outputs, width);
+    for (int64_t pixels = kMostInputs;
+         pixels > 16 && blocks.most_inputs() * width * static_cast<int64_t>(sizeof(float)) > kMostBytes;) {
+      pixels /= 2;
+      blocks = Blocks(adjoint, pixels);
+    }
+    const int64_t pixels = blocks.largest().size();
+    input_row = round_up(pixels, kLanes) + kLanes;  // no power of 2: rows would share few lines of L1
+    base_ = static_cast<char*>(memory);
+    take(input, inputs * input_row);
+    take(output, blocks.most_inputs() * width);
+    take(sums, taps * inputs * width);
+    take(pairs, pixels);
+  }
+
+ private:
+  template <typename Item>
+  void take(Item*& pointer, int64_t count) {
+    pointer = reinterpret_cast<Item*>(base_ + bytes);
+    bytes += round_up(count * static_cast<int64_t>(sizeof(Item)), 64);
+  }
+
+  char* base_;
+};
+
+template <typename scalar_t>
+class Kernel {
+ public:
+  Kernel(const ConvTransposeParams& params, const void* grad_out, const int64_t* grad_out_strides, void* grad_weight,
+         void* memory)
+      : p(params),
+        plan(params, memory),
+        grad_out_(static_cast<const scalar_t*>(grad_out)),
+        grad_strides_(grad_out_strides),
+        grad_weight_(static_cast<scalar_t*>(grad_weight)) {}
+
+  // Threads share the groups and tiles of output channels, and of each the input channels: the sums of one element of
+  // the gradient are always made in one order.
+  void run(int64_t thread, int64_t threads) {
+    const int64_t tiles = divide_up(plan.inputs, kTileRows), tasks = p.groups * plan.parts * tiles;
+    const int64_t last = tasks * (thread + 1) / threads;
+    for (int64_t task = tasks * thread / threads; task < last;) {
+      const int64_t part = task / tiles, tile = task % tiles, count = least(tiles - tile, last - task);
+      first_ = tile * kTileRows;
+      rows_ = least(count * kTileRows, plan.inputs - first_);
+      compute(part / plan.parts, part % plan.parts);
+      task += count;
+    }
+  }
+
+ private:
+  void compute(int64_t group, int64_t part) {
+    std::memset(plan.sums, 0, static_cast<size_t>(plan.taps * rows_ * plan.width) * sizeof(float));
+    for (int64_t index = 0; index < plan.blocks.count(); ++index) {
+      inputs_ = plan.blocks[index];
+      outputs_ = inputs_of(plan.adjoint, inputs_);
+      copy_inputs(group);
+      copy_outputs(group, part);
+      float* sums = plan.sums;
+      for (int64_t d = 0; d < p.kernel[0]; ++d) {
+        const Reached depths = reached_by(plan.adjoint, inputs_, outputs_, 0, d);
+        for (int64_t h = 0; h < p.kernel[1]; ++h) {
+          const Reached rows = reached_by(plan.adjoint, inputs_, outputs_, 1, h);
+          for (int64_t w = 0; w < p.kernel[2]; ++w, sums += rows_ * plan.width) {
+            const int64_t pairs = find_pairs(depths, rows, reached_by(plan.adjoint, inputs_, outputs_, 2, w));
+            for (int64_t i = 0; i < pairs; i += kPairs) {
+              add_pairs(plan.width / kLanes, rows_, plan.input, plan.input_row, plan.output, plan.pairs + i,
+                        least(kPairs, pairs - i), sums);
+            }
+          }
+        }
+      }
+    }
+    write(group, part);
+  }
+
+  int64_t find_pairs(const Reached& depths, const Reached& rows, const Reached& columns) {
+    Pair* pair = plan.pairs;
+    for (int64_t image = 0; image < inputs_.count[0]; ++image) {
+      for (int64_t i = 0; i < depths.count; ++i) {
+        for (int64_t j = 0; j < rows.count; ++j) {
+          const int64_t in = ((image * inputs_.count[1] + depths.out + i) * inputs_.count[2] + rows.out + j) *
+                                 inputs_.count[3] + columns.out;
+          const int64_t out = ((image * outputs_.count[1] + depths.in + i * depths.in_step) * outputs_.count[2] +
+                               rows.in + j * rows.in_step) * outputs_.count[3] + columns.in;
+          for (int64_t k = 0; k < columns.count; ++k) {
+            *pair++ = {in + k, (out + k * columns.in_step) * plan.width};
+          }
+        }
+      }
+    }
+    return pair - plan.pairs;
+  }
+
+  void copy_inputs(int64_t group) {
+    const int64_t* strides = p.input_strides;
+    const auto* data = static_cast<const scalar_t*>(p.input) + (group * plan.inputs + first_) * strides[1];
+    for_each_run(inputs_, p.in_size, strides, [&](int64_t offset, int64_t pixel, int64_t count) {
+      const scalar_t* source = data + offset;
+      if (strides[4] == 1 || strides[1] != 1) {
+        for (int64_t c = 0; c < rows_; ++c) {
+          pack_row(source + c * strides[1], strides[4], count, count, plan.input + c * plan.input_row + pixel);
+        }
+        return;
+      }
+      transpose_into(source, strides[4], count, rows_, plan.input + pixel, plan.input_row);
+    });
+  }
+
+  void copy_outputs(int64_t group, int64_t part) {
+    const int64_t* strides = grad_strides_;
+    const int64_t channels = least(plan.width, plan.outputs - part * plan.width);
+    const scalar_t* data = grad_out_ + (group * plan.outputs + part * plan.width) * strides[1];
+    for_each_run(outputs_, p.out_size, strides, [&](int64_t offset, int64_t pixel, int64_t count) {
+      const scalar_t* source = data + offset;
+      float* to = plan.output + pixel * plan.width;
+      if (strides[4] == 1 && strides[1] != 1) {
+        return transpose_into(source, strides[1], channels, count, to, plan.width);
+      }
+      for (int64_t i = 0; i < count; ++i) {
+        pack_row(source + i * strides[4], strides[1], channels, plan.width, to + i * plan.width);
+      }
+    });
+  }
+
+  // target[column][row] = source[row][column]; rows up to the next whole vector are zeros where there is room for them.
+  static void transpose_into(const scalar_t* source, int64_t row_stride, int64_t rows, int64_t columns, float* target,
+                             int64_t target_row) {
+    for (int64_t column = 0; column < columns; column += kLanes) {
+      const int64_t count = least(kLanes, columns - column);
+      for (int64_t row = 0; row < rows; row += kLanes) {
+        Vector square[kLanes];
+        for (int64_t i = 0; i < kLanes; ++i) {
+          const scalar_t* from = source + (row + i) * row_stride + column;
+          square[i] = row + i >= rows ? Vector{} : count == kLanes ? load(from) : load(from, count);
+        }
+        transpose(square);
+        for (int64_t i = 0; i < count; ++i) {
+          store_part(target + (column + i) * target_row + row, square[i], least(kLanes, target_row - row));
+        }
+      }
+    }
+  }
+
+  void write(int64_t group, int64_t part) {
+    const int64_t channels = least(plan.width, plan.outputs - part * plan.width);
+    for (int64_t row = 0; row < rows_; ++row) {
+      scalar_t* target = grad_weight_ + ((group * plan.inputs + first_ + row) * plan.outputs + part * plan.width) * plan.taps;
+      for (int64_t c = 0; c < channels; c += kLanes) {
+        for (int64_t tap = 0; tap < plan.taps; tap += kLanes) {
+          Vector square[kLanes];
+          for (int64_t i = 0; i < kLanes; ++i) {
+            square[i] = tap + i < plan.taps ? load(plan.sums + ((tap + i) * rows_ + row) * plan.width + c) : Vector{};
+          }
+          transpose(square);
+          for (int64_t i = 0; i < least(kLanes, channels - c); ++i) {
+            store_part(target + (c + i) * plan.taps + tap, square[i], plan.taps - tap);
+          }
+        }
+      }
+    }
+  }
+
+  const ConvTransposeParams& p;
+  Plan plan;
+  const scalar_t* grad_out_;
+  const int64_t* grad_strides_;
+  scalar_t* grad_weight_;
+  int64_t first_, rows_;  // input channels of the task
+  Block inputs_, outputs_;
+};
+
+int64_t workspace(const ConvTransposeParams& p) {
+  return Plan(p, nullptr).bytes;
+}
+
+void run(const ConvTransposeParams& p, const void* grad_out, const int64_t* grad_out_strides, void* grad_weight,
+         void* memory, int64_t thread, int64_t threads) {
+  const auto with = [&](auto type) {
+    Kernel<decltype(type)>(p, grad_out, grad_out_strides, grad_weight, memory).run(thread, threads);
+  };
+  switch (p.dtype) {
+    case ElementType::bfloat16: return with(BFloat16{});
+    case ElementType::float16: return with(Half{});
+    default: return with(float{});
+  }
+}
+
+}  // namespace
+
+extern const ConvTransposeWeightGradientKernel conv_transpose_weight_gradient_kernel = {workspace, run};
+
+}  // namespace gpt4fast::cpu::GPT4FAST_LEVEL
