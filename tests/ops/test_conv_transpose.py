@@ -310,6 +310,31 @@ def test_opcheck(needs_native):
     torch.library.opcheck(epilogue, (torch.randn(2, 6, 5, requires_grad=True), bias, scale, shift, "silu", 0.01))
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gradients_of_many_channels(dtype, channels_last, needs_native):
+    """Those that the native kernels compute; and the second ones, which torch's do."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    input = torch.randn(2, 20, 5, 4).to(dtype).contiguous(memory_format=layout).requires_grad_()
+    weight = (torch.randn(20, 18, 4, 4) / 20).to(dtype).requires_grad_()
+    bias, grad = torch.randn(18).to(dtype).requires_grad_(), torch.randn(2, 18, 10, 8).to(dtype)
+    leaves = input, weight, bias
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+
+    def derivatives(leaves, output, grad):
+        first = torch.autograd.grad(output, leaves, grad, create_graph=True)
+        return [*first, *torch.autograd.grad(first[0].square().sum() + first[1].square().sum(), leaves[:2])]
+
+    exact = derivatives(wide, F.conv_transpose2d(*wide, 2, 1).tanh(), grad.double())
+    plain = derivatives(leaves, F.conv_transpose2d(*leaves, 2, 1).tanh(), grad)
+    ours = derivatives(leaves, gpt4fast.conv_transpose2d(*leaves, 2, 1, activation="tanh", impl="native"), grad)
+    output = gpt4fast.conv_transpose2d(*leaves, 2, 1, activation="tanh", impl="native")
+    ours[:3] = torch.autograd.grad(output, leaves, grad)  # by the native kernels: no graph of them is wanted
+    for got, theirs, expected in zip(ours, plain, exact, strict=True):
+        error, allowed = (got - expected).norm(), 2 * (theirs - expected).norm()
+        assert error <= allowed + torch.finfo(dtype).eps * expected.norm()
+
+
 def test_autocast():
     (input, weight, bias), geometry = operands("doubling", torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):

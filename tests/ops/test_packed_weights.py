@@ -39,9 +39,8 @@ def check(layer: nn.Module) -> None:
             x.double(), layer.weight.detach().clone().double(), layer.bias.double(), 2, 1, 0, layer.groups
         )
         for _ in range(2):
-            torch.testing.assert_close(
-                layer(x).double(), expected, rtol=0.02 if dtype == torch.bfloat16 else 1e-4, atol=1e-3 if dtype == torch.float32 else 0.05
-            )  # fmt: skip
+            rtol, atol = (0.02, 0.05) if dtype == torch.bfloat16 else (1e-4, 1e-3)
+            torch.testing.assert_close(layer(x).double(), expected, rtol=rtol, atol=atol)
 
 
 def packed(layer: nn.Module):

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .. import native
 from ..aten.conv_transpose import FUNCTIONS
+from ..autograd import needs_grad
 from ..reference.conv_transpose import ACTIVATIONS, epilogue, memory_format, output_sizes
 from .packed_weights import packed_weight
 
@@ -26,12 +27,25 @@ def conv_transpose(
     activation: str | None,
     negative_slope: float,
 ) -> Tensor:
-    """(N, Cout, *out), computed and finished in one pass by the native kernel."""
+    """(N, Cout, *out), computed and finished in one pass by the native kernel.
+
+    Where a gradient is wanted, the epilogue is torch's: its derivatives need what stands between.
+    """
     channels_last = memory_format(input, weight) != torch.contiguous_format
+    geometry = stride, padding, output_padding, groups, dilation
+    finish = scale, shift, activation or "none", negative_slope
+    has_epilogue = finish[:3] != (None, None, "none")
+    if has_epilogue and needs_grad(input, weight, bias, scale, shift):
+        output = _run(input, weight, bias, *geometry, None, None, "none", 0.0, channels_last)
+        return epilogue(output, scale, shift, activation, negative_slope).to(output.dtype)
+    return _run(input, weight, bias, *geometry, *finish, channels_last)
+
+
+def _run(input: Tensor, weight: Tensor, bias: Tensor | None, stride, padding, output_padding, groups, *rest) -> Tensor:
+    geometry = stride, padding, output_padding, groups
     return torch.ops.gpt4fast.conv_transpose_forward(
-        input, weight, bias, stride, padding, output_padding, groups, dilation, scale, shift, activation or "none",
-        negative_slope, channels_last, packed_weight(weight, groups),
-    )  # fmt: skip
+        input, weight, bias, *geometry, *rest, packed_weight(weight, groups)
+    )
 
 
 def conv_transpose_then_affine(
@@ -75,6 +89,17 @@ def _fake_conv_transpose(
     if not channels_last:
         return output
     return output.to(memory_format=torch.channels_last if output.dim() == 4 else torch.channels_last_3d)
+
+
+def _fake_backward(grad, input, weight, *settings):
+    *_, channels_last, needs_input_grad, needs_weight_grad = settings
+    layout = torch.contiguous_format
+    if channels_last:
+        layout = torch.channels_last if input.dim() == 4 else torch.channels_last_3d
+    return (
+        torch.empty_like(input, memory_format=layout) if needs_input_grad else input.new_empty(0),
+        torch.empty_like(weight, memory_format=torch.contiguous_format) if needs_weight_grad else weight.new_empty(0),
+    )
 
 
 def _affine_activation(output, bias, scale, shift, activation, negative_slope):
@@ -132,11 +157,45 @@ def _backward_conv_transpose(ctx, grad):
         convolve = FUNCTIONS[input.dim() - 2]
         output = convolve(input, weight, None, stride, padding, output_padding, groups, dilation)
         grad, grad_bias, grad_scale, grad_shift = _affine_backward(grad, output, bias, scale, shift, activation, slope)
-    wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], False]
-    grad_input, grad_weight, _ = torch.ops.aten.convolution_backward(
-        grad, input, weight, None, stride, padding, dilation, True, output_padding, groups, wanted
-    )
+    geometry = stride, padding, output_padding, groups, dilation
+    grad_input, grad_weight = _gradients(grad, input, weight, geometry, ctx.needs_input_grad[:2])
     return grad_input, grad_weight, grad_bias, *(None,) * 5, grad_scale, grad_shift, *(None,) * 4
+
+
+def _gradients(grad: Tensor, input: Tensor, weight: Tensor, geometry, needed) -> list[Tensor | None]:
+    """Gradients of input and weight where they are needed, each from the kernel that is faster for it.
+
+    Torch's alone have derivatives: they are taken with ``create_graph=True``.
+    """
+    stride, padding, output_padding, groups, dilation = geometry
+    ours = [False, False] if torch.is_grad_enabled() else _native_wins(input, weight, groups)
+    native = [mine and wanted for mine, wanted in zip(ours, needed, strict=True)]
+    others = [wanted and not mine for mine, wanted in zip(ours, needed, strict=True)]
+    grads: list[Tensor | None] = [None, None]
+    if any(native):
+        channels_last = memory_format(input, weight) != torch.contiguous_format
+        results = torch.ops.gpt4fast.conv_transpose_backward(
+            grad, input, weight, stride, padding, output_padding, groups, dilation, channels_last, *native
+        )
+        grads = [result if mine else None for mine, result in zip(native, results, strict=True)]
+    if any(others):
+        results = torch.ops.aten.convolution_backward(
+            grad, input, weight, None, stride, padding, dilation, True, output_padding, groups, [*others, False]
+        )
+        grads = [result if theirs else grad for theirs, result, grad in zip(others, results, grads, strict=False)]
+    return grads
+
+
+def _native_wins(input: Tensor, weight: Tensor, groups: int) -> list[bool]:
+    """Whether the native gradient of the input, and that of the weight, is faster than torch's (benchmarks/LOG.md)."""
+    outputs = weight.shape[1]
+    if input.dtype == torch.float16:
+        return [outputs >= 16, outputs >= 16]  # torch has no fast kernel
+    if outputs < 16 or weight.shape[0] // groups < 16:
+        return [False, False]
+    if input.dtype == torch.bfloat16:
+        return [False, input.shape[2:].numel() <= 16]  # 1.0; 1.8, and 0.9 for larger images
+    return [memory_format(input, weight) == torch.contiguous_format, True]  # 1.1 to 1.6; 1.0 to 2.3
 
 
 def _setup_affine(ctx, inputs, output):
@@ -155,5 +214,6 @@ if native.cpu_library_error() is None:
     torch.library.register_autograd(
         "gpt4fast::conv_transpose_forward", _backward_conv_transpose, setup_context=_setup_conv_transpose
     )
+    torch.library.register_fake("gpt4fast::conv_transpose_backward", _fake_backward)
     torch.library.register_fake("gpt4fast::affine_activation", lambda input, *_: torch.empty_like(input))
     torch.library.register_autograd("gpt4fast::affine_activation", _backward_affine, setup_context=_setup_affine)
