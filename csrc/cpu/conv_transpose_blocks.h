@@ -10,14 +10,6 @@
 
 namespace gpt4fast::cpu::GPT4FAST_LEVEL {
 
-inline int64_t divide_down(int64_t a, int64_t b) {
-  return a >= 0 ? a / b : -((-a + b - 1) / b);
-}
-
-inline int64_t divide_up(int64_t a, int64_t b) {
-  return -divide_down(-a, b);
-}
-
 // Axes 0 to 3 are image, D, H, W.
 struct Block {
   int64_t first[4], count[4];

@@ -196,7 +196,7 @@ class Kernel {
         const int64_t left = count - i;
         const auto row = [&](int64_t channel) {
           const scalar_t* at = from + channel * p.input_strides[1] + i;
-          return c + channel >= channels ? Vector{} : left >= kLanes ? load(at) : load(at, left);
+          return c + channel >= channels ? Vector{} : load_part(at, left);
         };
         if constexpr (kDepth<T> == 1) {
           store_part(target + i, row(0), left);

@@ -69,7 +69,7 @@ void pack_block(const ConvTransposeParams& p, const WeightLayout<Compute<scalar_
           const scalar_t* from = source + (c + i) * strides[0] + lane * strides[1];
           if (taps_adjacent && layout.taps > 1) {
             for (int64_t j = 0; j < lanes; ++j) {
-              rows[i][j] = taps == kLanes ? load(from + j * strides[1] + tap) : load(from + j * strides[1] + tap, taps);
+              rows[i][j] = load_part(from + j * strides[1] + tap, taps);
             }
             transpose(rows[i]);
           } else {
@@ -212,7 +212,7 @@ class Kernel {
         Vector square[kLanes];
         for (int64_t j = 0; j < kLanes; ++j) {
           const scalar_t* from = source + (c + j) * p.input_strides[1] + i;
-          square[j] = c + j >= channels ? Vector{} : count == kLanes ? load(from) : load(from, count);
+          square[j] = c + j >= channels ? Vector{} : load_part(from, count);
         }
         transpose(square);
         for (int64_t j = 0; j < count; ++j) {

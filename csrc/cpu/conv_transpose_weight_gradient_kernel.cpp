@@ -253,7 +253,7 @@ class Kernel {
         Vector square[kLanes];
         for (int64_t i = 0; i < kLanes; ++i) {
           const scalar_t* from = source + (row + i) * row_stride + column;
-          square[i] = row + i >= rows ? Vector{} : count == kLanes ? load(from) : load(from, count);
+          square[i] = row + i >= rows ? Vector{} : load_part(from, count);
         }
         transpose(square);
         for (int64_t i = 0; i < count; ++i) {

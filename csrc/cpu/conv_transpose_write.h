@@ -2,19 +2,12 @@
 
 // Scale, offset and activation of a block's sums, and the one write of its outputs.
 
+#include <utility>
+
 #include "conv_transpose_blocks.h"
 #include "vector_activation.h"
 
 namespace gpt4fast::cpu::GPT4FAST_LEVEL {
-
-template <typename scalar_t>
-inline void store_part(scalar_t* target, Vector value, int64_t count) {
-  if (count >= kLanes) {
-    store(target, value);
-  } else {
-    store(target, value, count);
-  }
-}
 
 // Floats between the channels of `lines` below: no power of 2, of which a cache has few at a time.
 inline int64_t line_step(const Block& block) {

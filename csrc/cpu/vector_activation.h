@@ -1,5 +1,7 @@
 #pragma once
 
+#include <initializer_list>
+
 #include "../activation.h"
 #include "simd/simd.h"
 
@@ -45,21 +47,64 @@ inline Vector activate(Vector x, float negative_slope) {
   }
 }
 
+// Its derivative.
+template <Activation kActivation>
+inline Vector activation_slope(Vector x, float negative_slope) {
+  const Vector one = broadcast(1.0f);
+  if constexpr (kActivation == Activation::relu) {
+    return select(greater(x, Vector{}), one, Vector{});
+  } else if constexpr (kActivation == Activation::leaky_relu) {
+    return select(greater(x, Vector{}), one, broadcast(negative_slope));
+  } else if constexpr (kActivation == Activation::tanh) {
+    const Vector y = tanh(x);
+    return one - y * y;
+  } else if constexpr (kActivation == Activation::sigmoid) {
+    const Vector y = sigmoid(x);
+    return y * (one - y);
+  } else if constexpr (kActivation == Activation::silu) {
+    const Vector y = sigmoid(x);
+    return y * (one + x * (one - y));
+  } else if constexpr (kActivation == Activation::gelu) {
+    const Vector tail = half_erfc(maximum(x, Vector{} - x) * 0.707106781f);
+    const Vector density = exp2<5>(maximum(x * x * -0.721347520f, broadcast(-126.0f))) * 0.398942280f;
+    return select(greater(x, Vector{}), one - tail, tail) + x * density;
+  } else {
+    return one;
+  }
+}
+
 // Calls use with a constant for the activation, so that loops are compiled without branches.
+template <template <Activation> typename Function, typename Use>
+inline void with_function(Activation activation, Use use) {
+  switch (activation) {
+    case Activation::relu: return use(Function<Activation::relu>());
+    case Activation::leaky_relu: return use(Function<Activation::leaky_relu>());
+    case Activation::tanh: return use(Function<Activation::tanh>());
+    case Activation::sigmoid: return use(Function<Activation::sigmoid>());
+    case Activation::gelu: return use(Function<Activation::gelu>());
+    case Activation::silu: return use(Function<Activation::silu>());
+    default: return use(Function<Activation::none>());
+  }
+}
+
+template <Activation kActivation>
+struct ActivationFunction {
+  Vector operator()(Vector x, float negative_slope) const { return activate<kActivation>(x, negative_slope); }
+};
+
+template <Activation kActivation>
+struct ActivationSlope {
+  Vector operator()(Vector x, float negative_slope) const { return activation_slope<kActivation>(x, negative_slope); }
+};
+
 template <typename Use>
 inline void with_activation(Activation activation, Use use) {
-  const auto of = [&]<Activation kActivation>() {
-    use([](Vector x, float negative_slope) { return activate<kActivation>(x, negative_slope); });
-  };
-  switch (activation) {
-    case Activation::relu: return of.template operator()<Activation::relu>();
-    case Activation::leaky_relu: return of.template operator()<Activation::leaky_relu>();
-    case Activation::tanh: return of.template operator()<Activation::tanh>();
-    case Activation::sigmoid: return of.template operator()<Activation::sigmoid>();
-    case Activation::gelu: return of.template operator()<Activation::gelu>();
-    case Activation::silu: return of.template operator()<Activation::silu>();
-    default: return of.template operator()<Activation::none>();
-  }
+  with_function<ActivationFunction>(activation, use);
+}
+
+template <typename Use>
+inline void with_activation_slope(Activation activation, Use use) {
+  with_function<ActivationSlope>(activation, use);
 }
 
 }  // namespace gpt4fast::cpu::GPT4FAST_LEVEL

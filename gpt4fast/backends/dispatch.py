@@ -111,7 +111,8 @@ def _never(call: dict) -> None:
     return None
 
 
-def _native_refusal(tensor: Tensor) -> str | None:
+def native_refusal(tensor: Tensor) -> str | None:
+    """Why the native kernels can't take a tensor, or None."""
     if CPU_LIBRARY_ERROR is not None:
         return CPU_LIBRARY_ERROR
     if not tensor.is_cpu:
@@ -133,7 +134,7 @@ def _native_attention(call: dict) -> str | None:
         return "the native kernel takes no float64 mask"
     if slopes is not None and needs_grad(slopes):
         return "the native kernel gives alibi_slopes no gradient"
-    return _native_refusal(call["query"])
+    return native_refusal(call["query"])
 
 
 def _native_attention_decode(call: dict) -> str | None:
@@ -153,7 +154,7 @@ def _torch_attention(call: dict) -> str | None:
 
 
 def _native_conv_transpose(call: dict) -> str | None:
-    return _native_refusal(call["input"])
+    return native_refusal(call["input"])
 
 
 def _cuda_conv_transpose(call: dict) -> str | None:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..backends.reference.conv_transpose import ACTIVATIONS
+from .batch_norm import normalize
 
 
 class _FusedConvTranspose:
@@ -69,8 +70,7 @@ class _FusedConvTranspose:
                 input, self.weight, self.bias, *geometry, activation=activation, negative_slope=negative_slope
             )
         if norm.training or norm.running_mean is None or input.dim() != dims + 2:
-            output = norm(self.op(input, self.weight, self.bias, *geometry))
-            return output if activation is None else ACTIVATIONS[activation](output, negative_slope)
+            return normalize(norm, self.op(input, self.weight, self.bias, *geometry), activation, negative_slope)
         scale, shift = inference_affine(norm)
         return self.op(
             input, self.weight, self.bias, *geometry, scale=scale, shift=shift,

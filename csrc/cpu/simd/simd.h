@@ -33,11 +33,34 @@ inline float to_float(const T* source) {
   return load(source, 1)[0];
 }
 
+inline int64_t divide_down(int64_t a, int64_t b) {
+  return a >= 0 ? a / b : -((-a + b - 1) / b);
+}
+
+inline int64_t divide_up(int64_t a, int64_t b) {
+  return -divide_down(-a, b);
+}
+
+// The first count numbers, as many as a vector holds.
+template <typename T>
+inline Vector load_part(const T* source, int64_t count) {
+  return count >= kLanes ? load(source) : load(source, count);
+}
+
+template <typename T>
+inline void store_part(T* target, Vector value, int64_t count) {
+  if (count >= kLanes) {
+    store(target, value);
+  } else {
+    store(target, value, count);
+  }
+}
+
 // The first count numbers at any stride, as many as a vector holds, then zeros.
 template <typename T>
 inline Vector read_vector(const T* source, int64_t stride, int64_t count) {
   if (stride == 1) {
-    return count >= kLanes ? load(source) : load(source, count);
+    return load_part(source, count);
   }
   float values[kLanes] = {};
   for (int64_t i = 0; i < least(count, kLanes); ++i) {
