@@ -1,9 +1,11 @@
 // Gradient of the weight of a transposed convolution: for each tap the product (input channels, pairs) @ (pairs, output
 // channels) over all pairs of an input and an output that the tap connects. Blocks of inputs are copied, channels first,
 // and the outputs that they reach, channels last; then a tile of the gradient stays in registers while its pairs run.
-// Sums are in float32, also of half types. Compiled once per CPU level.
+// Where the processor multiplies two bfloat16 at once, two pairs are one step: all inputs of the block run, and those
+// that a tap takes outside meet zeros. Compiled once per CPU level.
 #include "../conv_transpose.h"
 
+#include <algorithm>
 #include <utility>
 
 #include "conv_transpose_blocks.h"
@@ -13,8 +15,8 @@
 namespace gpt4fast::cpu::GPT4FAST_LEVEL {
 namespace {
 
-constexpr int64_t kMostInputs = 512;   // pixels of a block
-constexpr int64_t kPairs = 128;        // whose outputs stay in L1, 32 KiB
+constexpr int64_t kMostInputs = 512;       // pixels of a block
+constexpr int64_t kPairs = 128;            // steps whose outputs stay in L1, 32 KiB
 constexpr int64_t kMostBytes = 512 << 10;  // of a block's outputs, for the channels of one tile
 
 // A pair: the pixel's place among a block's inputs, and among the outputs.
@@ -99,16 +101,19 @@ ConvTransposeParams adjoint_of(const ConvTransposeParams& p) {
   return adjoint;
 }
 
+template <typename T>
 struct Plan {
   ConvTransposeParams adjoint;
   int64_t inputs, outputs, taps;  // channels of a group
   int64_t width, parts;           // channels of a tile, and tiles
   Blocks blocks;                  // of inputs
   int64_t input_row;              // between channels of the copied inputs
-  float* input;                   // (inputs, input_row)
-  float* output;                  // (pixels, width)
+  T* input;                       // (inputs, input_row)
+  T* output;                      // (pixels, width), then a row of zeros
+  T* steps;                       // (kPairs, width, kDepth) where kDepth is 2
   float* sums;                    // (taps, inputs, width)
   Pair* pairs;                    // (pixels of a block of inputs)
+  const T** rows;                 // (pixels, rounded up to kDepth): the output that meets each, or zeros
   int64_t bytes = 0;
 
   Plan(const ConvTransposeParams& p, void* memory)
@@ -121,7 +126,7 @@ struct Plan {
     width = divide_up(vectors, divide_up(vectors, kTileVectors)) * kLanes;
     parts = divide_up(outputs, width);
     for (int64_t pixels = kMostInputs;
-         pixels > 16 && blocks.most_inputs() * width * static_cast<int64_t>(sizeof(float)) > kMostBytes;) {
+         pixels > 16 && blocks.most_inputs() * width * static_cast<int64_t>(sizeof(T)) > kMostBytes;) {
       pixels /= 2;
       blocks = Blocks(adjoint, pixels);
     }
@@ -129,9 +134,11 @@ struct Plan {
     input_row = round_up(pixels, kLanes) + kLanes;  // no power of 2: rows would share few lines of L1
     base_ = static_cast<char*>(memory);
     take(input, inputs * input_row);
-    take(output, blocks.most_inputs() * width);
+    take(output, (blocks.most_inputs() + 1) * width);
+    take(steps, kDepth<T> > 1 ? kPairs * width * kDepth<T> : 0);
     take(sums, taps * inputs * width);
     take(pairs, pixels);
+    take(rows, kDepth<T> > 1 ? pixels + kDepth<T> : 0);
   }
 
  private:
@@ -146,6 +153,8 @@ struct Plan {
 
 template <typename scalar_t>
 class Kernel {
+  using T = Compute<scalar_t>;
+
  public:
   Kernel(const ConvTransposeParams& params, const void* grad_out, const int64_t* grad_out_strides, void* grad_weight,
          void* memory)
@@ -183,16 +192,42 @@ class Kernel {
         for (int64_t h = 0; h < p.kernel[1]; ++h) {
           const Reached rows = reached_by(plan.adjoint, inputs_, outputs_, 1, h);
           for (int64_t w = 0; w < p.kernel[2]; ++w, sums += rows_ * plan.width) {
-            const int64_t pairs = find_pairs(depths, rows, reached_by(plan.adjoint, inputs_, outputs_, 2, w));
-            for (int64_t i = 0; i < pairs; i += kPairs) {
-              add_pairs(plan.width / kLanes, rows_, plan.input, plan.input_row, plan.output, plan.pairs + i,
-                        least(kPairs, pairs - i), sums);
-            }
+            add_tap(find_pairs(depths, rows, reached_by(plan.adjoint, inputs_, outputs_, 2, w)), sums);
           }
         }
       }
     }
     write(group, part);
+  }
+
+  void add_tap(int64_t pairs, float* sums) {
+    if constexpr (kDepth<T> == 1) {
+      for (int64_t i = 0; i < pairs; i += kPairs) {
+        add_pairs(plan.width / kLanes, rows_, plan.input, plan.input_row, plan.output, plan.pairs + i,
+                  least(kPairs, pairs - i), sums);
+      }
+    } else {
+      const int64_t pixels = round_up(inputs_.size(), kDepth<T>);
+      const T* zeros = plan.output + outputs_.size() * plan.width;
+      for (int64_t i = 0; i < pixels; ++i) {
+        plan.rows[i] = zeros;
+      }
+      for (int64_t i = 0; i < pairs; ++i) {
+        plan.rows[plan.pairs[i].input] = plan.output + plan.pairs[i].output;
+      }
+      for (int64_t first = 0; pairs > 0 && first < pixels; first += kPairs * kDepth<T>) {
+        const int64_t steps = least(kPairs, (pixels - first) / kDepth<T>);
+        T* to = plan.steps;
+        for (const T** row = plan.rows + first; row < plan.rows + first + steps * kDepth<T>; row += kDepth<T>) {
+          for (int64_t c = 0; c < plan.width; c += kLanes, to += kLanes * kDepth<T>) {
+            store_interleaved(to, row[0] + c, row[1] + c);
+          }
+        }
+        multiply<true>(rows_, LeftOperand<T>{plan.input + first, plan.input_row, kDepth<T>},
+                       RightOperand<T>{plan.steps, plan.width * kDepth<T>}, steps, plan.width / kLanes, sums,
+                       plan.width);
+      }
+    }
   }
 
   int64_t find_pairs(const Reached& depths, const Reached& rows, const Reached& columns) {
@@ -226,6 +261,11 @@ class Kernel {
       }
       transpose_into(source, strides[4], count, rows_, plan.input + pixel, plan.input_row);
     });
+    for (int64_t i = inputs_.size(); i < round_up(inputs_.size(), kDepth<T>); ++i) {
+      for (int64_t c = 0; c < rows_; ++c) {
+        plan.input[c * plan.input_row + i] = T{};
+      }
+    }
   }
 
   void copy_outputs(int64_t group, int64_t part) {
@@ -234,7 +274,7 @@ class Kernel {
     const scalar_t* data = grad_out_ + (group * plan.outputs + part * plan.width) * strides[1];
     for_each_run(outputs_, p.out_size, strides, [&](int64_t offset, int64_t pixel, int64_t count) {
       const scalar_t* source = data + offset;
-      float* to = plan.output + pixel * plan.width;
+      T* to = plan.output + pixel * plan.width;
       if (strides[4] == 1 && strides[1] != 1) {
         return transpose_into(source, strides[1], channels, count, to, plan.width);
       }
@@ -242,10 +282,11 @@ class Kernel {
         pack_row(source + i * strides[4], strides[1], channels, plan.width, to + i * plan.width);
       }
     });
+    std::fill_n(plan.output + outputs_.size() * plan.width, plan.width, T{});
   }
 
   // target[column][row] = source[row][column]; rows up to the next whole vector are zeros where there is room for them.
-  static void transpose_into(const scalar_t* source, int64_t row_stride, int64_t rows, int64_t columns, float* target,
+  static void transpose_into(const scalar_t* source, int64_t row_stride, int64_t rows, int64_t columns, T* target,
                              int64_t target_row) {
     for (int64_t column = 0; column < columns; column += kLanes) {
       const int64_t count = least(kLanes, columns - column);
@@ -283,7 +324,7 @@ class Kernel {
   }
 
   const ConvTransposeParams& p;
-  Plan plan;
+  Plan<T> plan;
   const scalar_t* grad_out_;
   const int64_t* grad_strides_;
   scalar_t* grad_weight_;
@@ -291,20 +332,24 @@ class Kernel {
   Block inputs_, outputs_;
 };
 
+template <typename Use>
+auto with_type(ElementType dtype, Use use) {
+  switch (dtype) {
+    case ElementType::bfloat16: return use(BFloat16{});
+    case ElementType::float16: return use(Half{});
+    default: return use(float{});
+  }
+}
+
 int64_t workspace(const ConvTransposeParams& p) {
-  return Plan(p, nullptr).bytes;
+  return with_type(p.dtype, [&](auto type) { return Plan<Compute<decltype(type)>>(p, nullptr).bytes; });
 }
 
 void run(const ConvTransposeParams& p, const void* grad_out, const int64_t* grad_out_strides, void* grad_weight,
          void* memory, int64_t thread, int64_t threads) {
-  const auto with = [&](auto type) {
+  with_type(p.dtype, [&](auto type) {
     Kernel<decltype(type)>(p, grad_out, grad_out_strides, grad_weight, memory).run(thread, threads);
-  };
-  switch (p.dtype) {
-    case ElementType::bfloat16: return with(BFloat16{});
-    case ElementType::float16: return with(Half{});
-    default: return with(float{});
-  }
+  });
 }
 
 }  // namespace
