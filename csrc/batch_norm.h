@@ -10,7 +10,7 @@ namespace gpt4fast {
 // out = activation(weight * (input - mean) * rstd + bias), with the statistics of the batch, each channel's own. Sizes:
 // N batch, C channels, P pixels. Vectors of channels are contiguous.
 struct BatchNormParams {
-  const void* input;     // (N, C, P), contiguous, or (N, P, C) with channels_last
+  const void* input;     // (N, C, P), contiguous
   const float* weight;   // (C)
   const float* bias;     // (C)
   float* mean;           // (C), written by forward, read by backward
@@ -24,7 +24,6 @@ struct BatchNormParams {
 
   int64_t batch, channels, pixels;
   ElementType dtype;  // of input, out and their gradients
-  bool channels_last;
   double eps;
   Activation activation;
   float negative_slope;  // of leaky_relu

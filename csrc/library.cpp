@@ -33,10 +33,10 @@ STABLE_TORCH_LIBRARY(gpt4fast, m) {
       "float negative_slope) -> Tensor");
   m.def(
       "batch_norm_activation(Tensor input, Tensor weight, Tensor bias, float eps, str activation, "
-      "float negative_slope, bool channels_last) -> (Tensor out, Tensor mean, Tensor rstd, Tensor variance)");
+      "float negative_slope) -> (Tensor out, Tensor mean, Tensor rstd, Tensor variance)");
   m.def(
       "batch_norm_activation_backward(Tensor grad_out, Tensor input, Tensor weight, Tensor bias, Tensor mean, "
-      "Tensor rstd, str activation, float negative_slope, bool channels_last) -> (Tensor grad_input, "
-      "Tensor grad_weight, Tensor grad_bias)");
+      "Tensor rstd, str activation, float negative_slope) -> (Tensor grad_input, Tensor grad_weight, "
+      "Tensor grad_bias)");
   m.def("issue_rate_loop(bool bfloat16, int steps) -> int");
 }

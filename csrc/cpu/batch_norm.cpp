@@ -33,34 +33,20 @@ void check_vector(const Tensor& vector, const char* name, int64_t channels) {
                   name_of(vector.scalar_type()));
 }
 
-// (N, C, *spatial), contiguous in one of the two layouts.
-bool lies_as(const Tensor& images, bool channels_last) {
-  int64_t step = channels_last ? images.size(1) : 1;
-  bool lies = !channels_last || images.size(1) == 1 || images.stride(1) == 1;
-  for (int64_t axis = images.dim() - 1; axis >= 2; --axis) {
-    lies = lies && (images.size(axis) == 1 || images.stride(axis) == step);
-    step *= images.size(axis);
-  }
-  lies = lies && (channels_last || images.size(1) == 1 || images.stride(1) == step);
-  step *= channels_last ? 1 : images.size(1);
-  return lies && (images.size(0) == 1 || images.stride(0) == step);
-}
-
-void set_params(const Tensor& input, const Tensor& weight, const Tensor& bias, bool channels_last,
-                StringHandle activation, double negative_slope, BatchNormParams& p) {
+void set_params(const Tensor& input, const Tensor& weight, const Tensor& bias, StringHandle activation,
+                double negative_slope, BatchNormParams& p) {
   p.activation = parse_activation(take_string(activation));  // first: a failed check must not lose the string
   p.negative_slope = static_cast<float>(negative_slope);
   CHECK_CPU(input);
   STD_TORCH_CHECK(input.dim() >= 2 && input.numel() > 0,
                   "expected input to have at least 2 dimensions, none of them empty, but its shape is ",
                   shape_of(input));
-  STD_TORCH_CHECK(lies_as(input, channels_last), "expected input to be contiguous in the layout that channels_last says");
+  STD_TORCH_CHECK(input.is_contiguous(), "expected input to be contiguous");
   p.dtype = element_type_of(input, "input");
   STD_TORCH_CHECK(p.dtype != ElementType::int8, "expected input to be float32, bfloat16 or float16, but it is int8");
   p.batch = input.size(0);
   p.channels = input.size(1);
   p.pixels = input.numel() / p.batch / p.channels;
-  p.channels_last = channels_last;
   check_vector(weight, "weight", p.channels);
   check_vector(bias, "bias", p.channels);
   p.input = input.const_data_ptr();
@@ -68,12 +54,12 @@ void set_params(const Tensor& input, const Tensor& weight, const Tensor& bias, b
   p.bias = bias.const_data_ptr<float>();
 }
 
-Tensor empty_as(const Tensor& input, bool channels_last) {
+Tensor empty_as(const Tensor& input) {
   std::vector<int64_t> shape;
   for (int64_t axis = 0; axis < input.dim(); ++axis) {
     shape.push_back(input.size(axis));
   }
-  return empty_images(shape, input, channels_last);
+  return torch::stable::new_empty(input, shape);
 }
 
 int64_t threads_of(const Tensor& input) {
@@ -81,12 +67,11 @@ int64_t threads_of(const Tensor& input) {
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& input, const Tensor& weight, const Tensor& bias,
-                                                   double eps, StringHandle activation, double negative_slope,
-                                                   bool channels_last) {
+                                                   double eps, StringHandle activation, double negative_slope) {
   BatchNormParams p{};
-  set_params(input, weight, bias, channels_last, activation, negative_slope, p);
+  set_params(input, weight, bias, activation, negative_slope, p);
   p.eps = eps;
-  const Tensor out = empty_as(input, channels_last), mean = torch::stable::new_empty(weight, {p.channels});
+  const Tensor out = empty_as(input), mean = torch::stable::new_empty(weight, {p.channels});
   const Tensor rstd = torch::stable::new_empty(weight, {p.channels});
   const Tensor variance = torch::stable::new_empty(weight, {p.channels});
   p.out = out.mutable_data_ptr();
@@ -100,9 +85,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& input, const Te
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const Tensor& input, const Tensor& weight,
                                             const Tensor& bias, const Tensor& mean, const Tensor& rstd,
-                                            StringHandle activation, double negative_slope, bool channels_last) {
+                                            StringHandle activation, double negative_slope) {
   BatchNormParams p{};
-  set_params(input, weight, bias, channels_last, activation, negative_slope, p);
+  set_params(input, weight, bias, activation, negative_slope, p);
   check_vector(mean, "mean", p.channels);
   check_vector(rstd, "rstd", p.channels);
   CHECK_CPU(grad_out);
@@ -111,8 +96,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const Tensor
   for (int64_t axis = 0; axis < input.dim(); ++axis) {
     CHECK_SIZE(grad_out, axis, input.size(axis));
   }
-  STD_TORCH_CHECK(lies_as(grad_out, channels_last), "expected grad_out to be contiguous in the layout of input");
-  const Tensor grad_input = empty_as(input, channels_last);
+  STD_TORCH_CHECK(grad_out.is_contiguous(), "expected grad_out to be contiguous");
+  const Tensor grad_input = empty_as(input);
   const Tensor grad_weight = torch::stable::new_empty(weight, {p.channels});
   const Tensor grad_bias = torch::stable::new_empty(weight, {p.channels});
   p.mean = const_cast<float*>(mean.const_data_ptr<float>());

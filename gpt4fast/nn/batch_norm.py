@@ -33,6 +33,7 @@ def _is_fused(norm: nn.Module, input: Tensor) -> bool:
         and input.numel() >= FEWEST_ELEMENTS
         and input.numel() > input.shape[1] == norm.num_features
         and input.dim() > 2
+        and input.is_contiguous()  # channels last: torch's is as fast
         and not torch.compiler.is_compiling()
         and dispatch.requested(None) in ("auto", "native")
         and dispatch.native_refusal(input) is None

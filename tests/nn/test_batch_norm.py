@@ -16,7 +16,6 @@ from gpt4fast.nn import batch_norm
 pytestmark = pytest.mark.usefixtures("needs_native")
 
 SHAPES = {1: (3, 5, 37), 2: (2, 19, 9, 8), 3: (2, 34, 3, 4, 5)}
-LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
 
@@ -30,25 +29,22 @@ def plain(x, weight, bias, activation):
 def test_values_and_gradients(activation, dtype, level):
     """At most twice as far from float64 as torch in the same dtype."""
     for shape in SHAPES.values():
-        for channels_last in {False, len(shape) > 3}:
-            x = (torch.randn(shape) * 3 + 50).to(dtype)  # far from 0: a plain sum of squares would cancel out
-            if channels_last:
-                x = x.contiguous(memory_format=LAST[x.dim()])
-            leaves = [x, *(torch.randn(shape[1]).to(dtype) for _ in range(2))]
-            grad = torch.randn(shape).to(dtype)
+        x = (torch.randn(shape) * 3 + 50).to(dtype)  # far from 0: a plain sum of squares would cancel out
+        leaves = [x, *(torch.randn(shape[1]).to(dtype) for _ in range(2))]
+        grad = torch.randn(shape).to(dtype)
 
-            def run(function, dtype, leaves=leaves, grad=grad):
-                inputs = [t.detach().to(dtype).requires_grad_() for t in leaves]
-                out = function(*inputs)
-                return [out.detach(), *torch.autograd.grad(out, inputs, grad.to(dtype))]
+        def run(function, dtype, leaves=leaves, grad=grad):
+            inputs = [t.detach().to(dtype).requires_grad_() for t in leaves]
+            out = function(*inputs)
+            return [out.detach(), *torch.autograd.grad(out, inputs, grad.to(dtype))]
 
-            ours = run(lambda *t: batch_norm_activation(*t, 1e-5, activation, 0.2)[0], dtype)
-            theirs = run(lambda *t: plain(*t, activation), dtype)
-            exact = run(lambda *t: plain(*t, activation), torch.float64)
-            assert ours[0].stride() == theirs[0].stride()
-            for name, got, other, true in zip(("out", "input", "weight", "bias"), ours, theirs, exact, strict=True):
-                allowed = 2 * (other - true).norm() + 2 * torch.finfo(dtype).eps * true.norm()
-                assert (got - true).norm() <= allowed, name
+        ours = run(lambda *t: batch_norm_activation(*t, 1e-5, activation, 0.2)[0], dtype)
+        theirs = run(lambda *t: plain(*t, activation), dtype)
+        exact = run(lambda *t: plain(*t, activation), torch.float64)
+        assert ours[0].stride() == theirs[0].stride()
+        for name, got, other, true in zip(("out", "input", "weight", "bias"), ours, theirs, exact, strict=True):
+            allowed = 2 * (other - true).norm() + 2 * torch.finfo(dtype).eps * true.norm()
+            assert (got - true).norm() <= allowed, name
 
 
 def test_second_derivatives():

@@ -22,7 +22,7 @@ def batch_norm_activation(
     """``activation(batch_norm(input))``, and the mean and the biased variance of the batch.
 
     Args:
-        input: (N, C, *spatial), float32, bfloat16 or float16.
+        input: (N, C, *spatial), contiguous, float32, bfloat16 or float16.
         weight, bias: (C,) or None: 1 and 0.
         eps: added to the variance.
         activation, negative_slope: see ``gpt4fast.conv_transpose2d``.
@@ -38,16 +38,13 @@ def batch_norm_activation(
 class _BatchNormActivation(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, weight, bias, eps, activation, negative_slope):
-        layout = torch.channels_last if input.dim() == 4 else torch.channels_last_3d
-        is_last = input.dim() > 3 and input.is_contiguous(memory_format=layout) and not input.is_contiguous()
-        ctx.layout = layout if is_last else torch.contiguous_format
-        input = input.contiguous(memory_format=ctx.layout)
+        input = input.contiguous()
         channels = input.new_ones(input.shape[1], dtype=torch.float32)
         affine = [channels if weight is None else weight.float(), channels - 1 if bias is None else bias.float()]
         ctx.finish = activation, negative_slope
-        ctx.eps, ctx.is_last = eps, is_last
+        ctx.eps = eps
         out, mean, rstd, variance = torch.ops.gpt4fast.batch_norm_activation(
-            input, *affine, eps, activation or "none", negative_slope, is_last
+            input, *affine, eps, activation or "none", negative_slope
         )
         ctx.save_for_backward(input, weight, bias, *affine, mean, rstd)
         ctx.mark_non_differentiable(mean, variance)
@@ -60,7 +57,7 @@ class _BatchNormActivation(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True: a formula that has derivatives
             return *_differentiable_backward(ctx, grad, input, weight, bias), None, None, None
         grads = torch.ops.gpt4fast.batch_norm_activation_backward(
-            grad.contiguous(memory_format=ctx.layout), input, *saved, activation or "none", negative_slope, ctx.is_last
+            grad.contiguous(), input, *saved, activation or "none", negative_slope
         )
         like = input, weight, bias
         return *(None if t is None else g.to(t.dtype) for g, t in zip(grads, like, strict=True)), None, None, None
