@@ -33,8 +33,9 @@ def compare(benchmark, op_cell):
     def run(name):
         cell, dtype = op_cell
         benchmark.group = f"{cell.name} {str(dtype).removeprefix('torch.')}"
-        with torch.inference_mode(not cell.backward):
+        with torch.set_grad_enabled(cell.backward):
             competitors, reference = candidates.build(cell, dtype)
+        with torch.inference_mode(not cell.backward):
             variants = [c for c in competitors if c.name == name]
             checked = [harness.check(c, reference, cell.tolerance(dtype)) for c in variants]
             assert [timing.status for timing in checked] == ["ok"] * len(checked), [timing.error for timing in checked]

@@ -57,8 +57,9 @@ def main(
         ceilings = measure_ceilings(sorted({dtype for _, dtype in cells}, key=str), device, timer)
         for cell, dtype in cells:
             progress.update(task, description=f"{cell.name}, {str(dtype).removeprefix('torch.')}")
-            with torch.inference_mode(not cell.backward):
+            with torch.set_grad_enabled(cell.backward):  # parameters are made outside inference_mode, as users' are
                 competitors, reference = candidates.build(cell, dtype, device, impls=impls, compile=compile)
+            with torch.inference_mode(not cell.backward):
                 if peers and device == "cpu":
                     competitors += other_libraries.build(cell, dtype, used)
                 timings = measure(

@@ -8,11 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import gpt4fast
 
+from ..nn.batch_norm import normalize
 from . import shapes
 from .harness import Candidate
 from .shapes import AttentionCell, ConvTransposeCell, Layer
@@ -125,9 +126,20 @@ def _network(cell: ConvTransposeCell, impl: str | None) -> shapes.Network:
         for layer, p in zip(cell.layers, parameters, strict=True):
             name, args, settings, fused = _call(x, layer, p, cell.backward)
             x = getattr(gpt4fast, name)(*args, **settings, impl=impl)
-            if not fused:
+            if not fused and layer.norm == "batch":
+                x = normalize(norm_of(p, x), x, layer.activation, 0.0)
+            elif not fused:
                 x = shapes.ACTIVATIONS[layer.activation](shapes.normalize(x, layer, p, cell.backward))
         return x
+
+    norms: dict[int, nn.Module] = {}
+
+    def norm_of(p: dict, x: Tensor) -> nn.Module:
+        if id(p) not in norms:
+            norm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[x.dim() - 3](x.shape[1], track_running_stats=False)
+            norm.weight, norm.bias = p["gamma"], p["beta"]
+            norms[id(p)] = norm
+        return norms[id(p)]
 
     return network
 
@@ -162,7 +174,14 @@ class _Operands:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> _Operands:
         def changed(t: Tensor | None) -> Tensor | None:
-            return None if t is None else change(t.detach()).requires_grad_(t.requires_grad)
+            if t is None:
+                return None
+            new = change(t.detach())
+            return (
+                nn.Parameter(new, t.requires_grad)
+                if isinstance(t, nn.Parameter)
+                else new.requires_grad_(t.requires_grad)
+            )
 
         parameters = [{name: changed(t) for name, t in p.items()} for p in self.parameters]
         return _Operands(changed(self.x), changed(self.y), parameters, [changed(w) for w in self.judge])

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .harness import Tolerance
@@ -256,11 +256,10 @@ class ConvTransposeCell:
             if layer.norm == "batch":
                 p["mean"], p["var"] = normal(out, std=0.1), normal(out).abs() + 0.5
             parameters.append(p)
-        if self.backward:
-            for p in parameters:
-                for name in ("weight", "bias", "gamma", "beta"):
-                    if p[name] is not None:
-                        p[name].requires_grad_()
+        for p in parameters:
+            for name in ("weight", "bias", "gamma", "beta"):
+                if p[name] is not None:
+                    p[name] = nn.Parameter(p[name], requires_grad=self.backward)
         return parameters
 
     def inputs(self, dtype: torch.dtype, device: str = "cpu") -> tuple[Tensor, Tensor]:
