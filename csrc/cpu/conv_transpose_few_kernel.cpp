@@ -4,6 +4,7 @@
 // the weights multiply while adding up. Compiled once per CPU level.
 #include "../conv_transpose.h"
 
+#include <algorithm>
 #include <utility>
 
 #include "attention_pack.h"
@@ -51,7 +52,12 @@ struct Column {
   int64_t tap, first, count, input;
 };
 
-// A row of taps that reaches a line of outputs, and the line of inputs that it multiplies.
+// A row of taps that reaches a row of outputs, and the row of inputs, counted from the block's first, that it multiplies.
+struct MeetingRow {
+  int64_t tap, input;
+};
+
+// The same for a line of outputs in all dimensions.
 struct TapRow {
   int64_t tap;          // its first
   const float* inputs;  // or products with its first tap's weight
@@ -71,6 +77,8 @@ struct Plan {
   float* lines;            // (outputs, line_length): finished
   Column* columns;         // (kernel W), by phases
   int64_t* first_columns;  // (phases + 1)
+  int64_t* meetings;       // (rows of outputs): how many rows of taps reach it
+  MeetingRow* meeting;     // (rows of outputs, kernel H): which
   TapRow* tap_rows;        // (kernel D * H)
   int64_t phases;          // of a line
   int64_t line_length;
@@ -98,6 +106,8 @@ struct Plan {
     take(lines, layout.outputs * line_length);
     take(columns, p.kernel[2]);
     take(first_columns, phases + 1);
+    take(meetings, blocks.largest().count[2]);
+    take(meeting, blocks.largest().count[2] * p.kernel[1]);
     take(tap_rows, p.kernel[0] * p.kernel[1]);
   }
 
@@ -123,9 +133,7 @@ class Kernel {
     const int64_t tasks = plan.blocks.count() * p.groups;
     for (int64_t task = tasks * thread / threads; task < tasks * (thread + 1) / threads; ++task) {
       group_ = task % p.groups;
-      outputs_ = plan.blocks[task / p.groups];
-      inputs_ = inputs_of(p, outputs_);
-      find_columns();
+      begin(plan.blocks[task / p.groups]);
       if (is_depthwise()) {
         for_each_run(0, inputs_.size(), [&](const scalar_t* source, int64_t first, int64_t count) {
           pack_row(source, p.input_strides[4], count, count, plan.products + first);
@@ -139,6 +147,19 @@ class Kernel {
   }
 
  private:
+  // What depends on the block's place in an image is kept for the next group, or image.
+  void begin(const Block& outputs) {
+    const bool is_like_last =
+        std::equal(outputs.first + 1, outputs.first + 4, outputs_.first + 1) &&
+        std::equal(outputs.count + 1, outputs.count + 4, outputs_.count + 1);
+    outputs_ = outputs;
+    inputs_ = inputs_of(p, outputs);
+    if (!is_like_last) {
+      find_columns();
+      find_meetings();
+    }
+  }
+
   bool is_depthwise() const { return plan.layout.inputs == 1 && plan.layout.outputs == 1; }
 
   void multiply_inputs() {
@@ -247,6 +268,17 @@ class Kernel {
     plan.first_columns[plan.phases] = count;
   }
 
+  void find_meetings() {
+    std::fill_n(plan.meetings, outputs_.count[2], 0);
+    for (int64_t tap = 0; tap < p.kernel[1]; ++tap) {
+      const Reached reached = reached_by(p, outputs_, inputs_, 1, tap);
+      for (int64_t i = 0; i < reached.count; ++i) {
+        const int64_t row = reached.out + i * reached.out_step;
+        plan.meeting[row * p.kernel[1] + plan.meetings[row]++] = {tap, reached.in + i};
+      }
+    }
+  }
+
   template <bool kDepthwise, typename Activation>
   void add_up(Activation activation) {
     const int64_t outputs = plan.layout.outputs, image_size = p.out_size[0] * p.out_size[1] * p.out_size[2];
@@ -267,15 +299,12 @@ class Kernel {
 
   int64_t find_tap_rows(int64_t image, int64_t d, int64_t h) {
     TapRow* row = plan.tap_rows;
+    const MeetingRow* meeting = plan.meeting + h * p.kernel[1];
     for (int64_t i = 0; i < p.kernel[0]; ++i) {
       const int64_t in_d = input_of(0, i, d);
-      for (int64_t j = 0; in_d >= 0 && j < p.kernel[1]; ++j) {
-        const int64_t in_h = input_of(1, j, h);
-        if (in_h >= 0) {
-          const int64_t tap = (i * p.kernel[1] + j) * p.kernel[2];
-          const int64_t line = (image * inputs_.count[1] + in_d) * inputs_.count[2] + in_h;
-          *row++ = {tap, plan.products + line * inputs_.count[3]};
-        }
+      for (int64_t j = 0; in_d >= 0 && j < plan.meetings[h]; ++j) {
+        const int64_t line = (image * inputs_.count[1] + in_d) * inputs_.count[2] + meeting[j].input;
+        *row++ = {(i * p.kernel[1] + meeting[j].tap) * p.kernel[2], plan.products + line * inputs_.count[3]};
       }
     }
     return row - plan.tap_rows;
@@ -371,7 +400,7 @@ class Kernel {
   Plan<scalar_t> plan;
   const T* packed_;
   int64_t group_;
-  Block outputs_, inputs_;
+  Block outputs_ = {{0, -1, 0, 0}, {}}, inputs_;  // of no place yet
 };
 
 template <typename Use>

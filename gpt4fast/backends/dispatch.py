@@ -206,7 +206,9 @@ def _prefer_conv_transpose(call: dict) -> tuple[str, ...]:
     elif type(weight) is not torch.nn.Parameter and pixels < 256:
         wins = False  # a weight that is no parameter is packed at every call: 0.4 to 0.9
     else:
-        wins = not channels_last or pixels <= 1024  # 1.1 to 14; large and channels last 0.9 to 1.0
+        # 1.1 to 14; large and channels last 0.9 to 1.0 alone, and 1.1 with what follows in the same pass.
+        fuses = call["activation"] is not None or call["scale"] is not None or call["shift"] is not None
+        wins = not channels_last or fuses or pixels <= 1024
     return ("native", "torch") if wins else ("torch",)
 
 
