@@ -119,17 +119,15 @@ class Blocks {
   // At least as large in every dimension as any of the blocks.
   Block largest() const { return {{0, 0, 0, 0}, {step_[0], step_[1], step_[2], step_[3]}}; }
 
-  // Of the inputs of any of the blocks.
-  int64_t most_inputs() const {
-    int64_t inputs = step_[0];
-    for (int axis = 0; axis < 3; ++axis) {
-      const int64_t reach = (p_->kernel[axis] - 1) * p_->dilation[axis], length = step_[axis + 1] - 1;
-      const int64_t spanned =
-          p_->is_adjoint ? length * p_->stride[axis] + reach + 1 : (length + reach) / p_->stride[axis] + 1;
-      inputs *= least(spanned, p_->in_size[axis]);
-    }
-    return inputs;
+  // Of the inputs of any of the blocks, along a dimension (0 to 2) and in all.
+  int64_t most_inputs(int axis) const {
+    const int64_t reach = (p_->kernel[axis] - 1) * p_->dilation[axis], length = step_[axis + 1] - 1;
+    const int64_t spanned =
+        p_->is_adjoint ? length * p_->stride[axis] + reach + 1 : (length + reach) / p_->stride[axis] + 1;
+    return least(spanned, p_->in_size[axis]);
   }
+
+  int64_t most_inputs() const { return step_[0] * most_inputs(0) * most_inputs(1) * most_inputs(2); }
 
  private:
   const ConvTransposeParams* p_;

@@ -73,7 +73,8 @@ struct Plan {
   int64_t rows;            // of products: 1 if depthwise
   int64_t pixels;          // between rows of products
   T* panel;                // (depth / kDepth, kPanel, kDepth)
-  float* products;         // (rows, pixels); depthwise: the inputs themselves
+  float* products;         // (rows, pixels); depthwise: the inputs themselves, with kLanes zeros around each line
+  float* weights;          // (taps), depthwise
   float* lines;            // (outputs, line_length): finished
   Column* columns;         // (kernel W), by phases
   int64_t* first_columns;  // (phases + 1)
@@ -95,7 +96,9 @@ struct Plan {
       blocks = Blocks(p, outputs);
     }
     // No power of 2 apart, or all rows would share a few lines of the caches: 1.3 times as fast.
-    pixels = round_up(blocks.most_inputs(), 64) + 16;
+    const int64_t width = blocks.most_inputs(2);
+    const int64_t padded = blocks.most_inputs() / width * (width + (rows == 1 ? kLanes : 0));
+    pixels = round_up(padded, 64) + 16;
     // With a stride of 2 always both, which are interleaved.
     phases = p.stride[2] == 2 ? 2 : least(p.stride[2], blocks.largest().count[3]);
     line_length = (round_up(divide_up(blocks.largest().count[3], phases), kLanes) + kLanes) * phases;
@@ -103,6 +106,7 @@ struct Plan {
     take(panel, depth * kPanel);
     take(products, rows * pixels + 2 * kLanes);  // around them is read what means nothing
     products += kLanes;
+    take(weights, rows == 1 ? layout.taps : 0);
     take(lines, layout.outputs * line_length);
     take(columns, p.kernel[2]);
     take(first_columns, phases + 1);
@@ -135,9 +139,7 @@ class Kernel {
       group_ = task % p.groups;
       begin(plan.blocks[task / p.groups]);
       if (is_depthwise()) {
-        for_each_run(0, inputs_.size(), [&](const scalar_t* source, int64_t first, int64_t count) {
-          pack_row(source, p.input_strides[4], count, count, plan.products + first);
-        });
+        copy_plane();
         with_activation(p.activation, [&](auto activation) { add_up<true>(activation); });
       } else {
         multiply_inputs();
@@ -161,6 +163,22 @@ class Kernel {
   }
 
   bool is_depthwise() const { return plan.layout.inputs == 1 && plan.layout.outputs == 1; }
+
+  // Depthwise: the group's weights and inputs in float32.
+  void copy_plane() {
+    for (int64_t tap = 0; tap < plan.layout.taps; ++tap) {
+      plan.weights[tap] = to_float(packed_ + (group_ * plan.layout.taps + tap) * plan.depth);
+    }
+    const int64_t lines = inputs_.count[0] * inputs_.count[1] * inputs_.count[2];
+    float* to = plan.products;
+    store(to - kLanes, Vector{});
+    for (int64_t line = 0; line < lines; ++line, to += inputs_.count[3] + kLanes) {
+      for_each_run(line * inputs_.count[3], inputs_.count[3], [&](const scalar_t* source, int64_t pixel, int64_t count) {
+        pack_row(source, p.input_strides[4], count, count, to + pixel - line * inputs_.count[3]);
+      });
+      store(to + inputs_.count[3], Vector{});
+    }
+  }
 
   void multiply_inputs() {
     const WeightLayout& layout = plan.layout;
@@ -304,7 +322,8 @@ class Kernel {
       const int64_t in_d = input_of(0, i, d);
       for (int64_t j = 0; in_d >= 0 && j < plan.meetings[h]; ++j) {
         const int64_t line = (image * inputs_.count[1] + in_d) * inputs_.count[2] + meeting[j].input;
-        *row++ = {(i * p.kernel[1] + meeting[j].tap) * p.kernel[2], plan.products + line * inputs_.count[3]};
+        const int64_t length = inputs_.count[3] + (is_depthwise() ? kLanes : 0);
+        *row++ = {(i * p.kernel[1] + meeting[j].tap) * p.kernel[2], plan.products + line * length};
       }
     }
     return row - plan.tap_rows;
@@ -362,15 +381,13 @@ class Kernel {
         }
         const int64_t tap = taps.tap + column.tap;
         const float* addends = taps.inputs + column.input + from;
-        Vector more;
         if constexpr (kDepthwise) {
-          more = multiply_add(load(addends), broadcast(to_float(packed_ + (group_ * plan.layout.taps + tap) * plan.depth)),
-                              sums);
+          sums = multiply_add(load(addends), broadcast(plan.weights[tap]), sums);
         } else {
-          more = sums + load(addends + (tap * plan.layout.outputs + c) * plan.pixels);
+          const Vector more = sums + load(addends + (tap * plan.layout.outputs + c) * plan.pixels);
+          const bool whole = from >= 0 && from + kLanes <= column.count;
+          sums = whole ? more : select(lanes_between(-from, column.count - from), more, sums);
         }
-        const bool whole = from >= 0 && from + kLanes <= column.count;
-        sums = whole ? more : select(lanes_between(-from, column.count - from), more, sums);
       }
     }
     return sums;
