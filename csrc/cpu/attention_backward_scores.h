@@ -10,6 +10,8 @@
 #include "attention_scores.h"
 #include "attention_tasks.h"
 #include "tile_product.h"
+#include "scratch.h"
+#include "with_element_type.h"
 
 namespace gpt4fast::cpu::GPT4FAST_LEVEL {
 
@@ -27,23 +29,6 @@ inline int64_t tiles_of(const AttentionParams& p) {
   }
   return (keys + kKeyBlock - 1) / kKeyBlock;
 }
-
-// Hands out pieces of one block of memory, or, without memory, only counts them.
-class Scratch {
- public:
-  int64_t bytes = 0;
-
-  explicit Scratch(void* memory) : base_(static_cast<char*>(memory)) {}
-
-  template <typename Item>
-  void take(Item*& pointer, int64_t count) {
-    pointer = reinterpret_cast<Item*>(base_ + bytes);
-    bytes += round_up(count * static_cast<int64_t>(sizeof(Item)), 64);
-  }
-
- private:
-  char* base_;
-};
 
 inline void clear(float* numbers, int64_t count) {
   std::memset(numbers, 0, static_cast<size_t>(count) * sizeof(float));
@@ -70,15 +55,6 @@ inline bool write_row(const float* sums, float factor, int64_t count, scalar_t* 
     }
   }
   return sum(zeros) == 0.0f;
-}
-
-template <typename Use>
-inline auto with_element_type(ElementType dtype, Use use) {
-  switch (dtype) {
-    case ElementType::bfloat16: return use(BFloat16{});
-    case ElementType::float16: return use(Half{});
-    default: return use(float{});
-  }
 }
 
 // Where row `row` and column `column` of a matrix lie whose pairs run along the rows: (rows / kDepth, columns, kDepth).

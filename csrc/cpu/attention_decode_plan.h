@@ -6,6 +6,7 @@
 
 #include "attention_cache.h"
 #include "attention_pack.h"
+#include "scratch.h"
 
 namespace gpt4fast::cpu::GPT4FAST_LEVEL {
 
@@ -81,7 +82,7 @@ struct Sums {
 
 // Scratch memory of one thread. T is what products are made of.
 template <typename T, typename cache_t>
-struct Workspace {
+struct Workspace : Scratch {
   int64_t depth;          // of a query, with zeros to whole vectors
   int64_t scores_row;     // kTile + one vector of zeros behind a row's weights
   T* queries;             // (kBlockRows, depth)
@@ -94,9 +95,8 @@ struct Workspace {
   float* value_scales;    // (kTile)
   cache_t* key_copies;    // (kTile, D) where keys are not in place, else the last kLanes of a cache
   cache_t* value_copies;  // (kTile, Dv) where values are not in place
-  int64_t bytes = 0;
 
-  Workspace(const AttentionDecodeParams& p, void* memory) : base_(static_cast<char*>(memory)) {
+  Workspace(const AttentionDecodeParams& p, void* memory) : Scratch(memory) {
     depth = round_up(p.head_dim, kLanes * kDepth<T>);
     scores_row = kTile + kLanes;
     take(queries, kBlockRows * depth);
@@ -114,15 +114,6 @@ struct Workspace {
     take(key_copies, (is_in_place(p, p.key_strides) ? kLanes : kTile) * p.head_dim);
     take(value_copies, (is_in_place(p, p.value_strides) ? 0 : kTile) * p.value_dim);
   }
-
- private:
-  template <typename Item>
-  void take(Item*& pointer, int64_t count) {
-    pointer = reinterpret_cast<Item*>(base_ + bytes);
-    bytes += round_up(count * static_cast<int64_t>(sizeof(Item)), 64);
-  }
-
-  char* base_;
 };
 
 }  // namespace gpt4fast::cpu::GPT4FAST_LEVEL

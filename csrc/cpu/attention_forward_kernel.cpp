@@ -10,7 +10,9 @@
 #include "attention_tasks.h"
 #include "attention_rows.h"
 #include "attention_scores.h"
+#include "scratch.h"
 #include "tile_product.h"
+#include "with_element_type.h"
 
 namespace gpt4fast::cpu::GPT4FAST_LEVEL {
 namespace {
@@ -36,7 +38,7 @@ int64_t longest_sequence(const AttentionForwardParams& p) {
 
 // Scratch memory of one thread. T is what products are made of.
 template <typename T>
-struct Workspace {
+struct Workspace : Scratch {
   T* queries;       // (block_rows, padded_depth(D))
   float* out;       // (block_rows, padded_columns(Dv))
   Vector* totals;   // (block_rows)
@@ -48,9 +50,8 @@ struct Workspace {
   T* keys;          // (tiles, padded_depth(D) / kDepth, kKeyBlock, kDepth)
   T* values;        // (tiles, kKeyBlock / kDepth, padded_columns(Dv), kDepth)
   bool* is_packed;  // (tiles)
-  int64_t bytes = 0;
 
-  Workspace(const AttentionForwardParams& p, void* memory) : base_(static_cast<char*>(memory)) {
+  Workspace(const AttentionForwardParams& p, void* memory) : Scratch(memory) {
     const int64_t rows_count = block_rows(p), depth = padded_depth<T>(p.head_dim), width = padded_columns(p.value_dim);
     const int64_t tiles = (longest_sequence(p) + kKeyBlock - 1) / kKeyBlock;
     take(queries, rows_count * depth);
@@ -69,15 +70,6 @@ struct Workspace {
     take(values, tiles * kKeyBlock * width);
     take(is_packed, tiles);
   }
-
- private:
-  template <typename Item>
-  void take(Item*& pointer, int64_t count) {
-    pointer = reinterpret_cast<Item*>(base_ + bytes);
-    bytes += round_up(count * static_cast<int64_t>(sizeof(Item)), 64);
-  }
-
-  char* base_;
 };
 
 template <typename scalar_t>
@@ -376,21 +368,12 @@ void run_tasks(const AttentionForwardParams& p, void* workspace, int64_t thread,
   }
 }
 
-template <typename Use>
-auto with_type(ElementType dtype, Use use) {
-  switch (dtype) {
-    case ElementType::bfloat16: return use(BFloat16{});
-    case ElementType::float16: return use(Half{});
-    default: return use(float{});
-  }
-}
-
 int64_t workspace_bytes(const AttentionForwardParams& p) {
-  return with_type(p.dtype, [&](auto type) { return Workspace<Compute<decltype(type)>>(p, nullptr).bytes; });
+  return with_element_type(p.dtype, [&](auto type) { return Workspace<Compute<decltype(type)>>(p, nullptr).bytes; });
 }
 
 void run(const AttentionForwardParams& p, void* workspace, int64_t thread, int64_t threads) {
-  with_type(p.dtype, [&](auto type) { run_tasks<decltype(type)>(p, workspace, thread, threads); });
+  with_element_type(p.dtype, [&](auto type) { run_tasks<decltype(type)>(p, workspace, thread, threads); });
 }
 
 }  // namespace

@@ -5,6 +5,7 @@
 
 #include "simd/simd.h"
 #include "vector_activation.h"
+#include "with_element_type.h"
 
 namespace gpt4fast::cpu::GPT4FAST_LEVEL {
 namespace {
@@ -58,7 +59,8 @@ class Kernel {
     sums.flush();
     const double total = static_cast<double>(p.batch * p.pixels), shift = sums.first / total;
     const double mean = static_cast<double>(first) + shift;
-    const double variance = most(sums.second / total - shift * shift, 0.0), rstd = 1.0 / __builtin_sqrt(variance + p.eps);
+    const double variance = most(sums.second / total - shift * shift, 0.0),
+                 rstd = 1.0 / __builtin_sqrt(variance + p.eps);
     p.mean[channel] = static_cast<float>(mean);
     p.variance[channel] = static_cast<float>(variance);
     p.rstd[channel] = static_cast<float>(rstd);
@@ -126,17 +128,12 @@ class Kernel {
 
 template <typename Use>
 void for_each_channel(const BatchNormParams& p, int64_t thread, int64_t threads, Use use) {
-  const auto with = [&](auto type) {
+  with_element_type(p.dtype, [&](auto type) {
     Kernel<decltype(type)> kernel(p);
     for (int64_t i = p.channels * thread / threads; i < p.channels * (thread + 1) / threads; ++i) {
       use(kernel, i);
     }
-  };
-  switch (p.dtype) {
-    case ElementType::bfloat16: return with(BFloat16{});
-    case ElementType::float16: return with(Half{});
-    default: return with(float{});
-  }
+  });
 }
 
 void forward(const BatchNormParams& p, int64_t thread, int64_t threads) {

@@ -87,7 +87,7 @@ void run_on_threads(int64_t threads, const std::function<void(int64_t)>& use) {
 
 const ConvTransposeKernel& kernel_for(const ConvTransposeParams& p) {
   return !p.is_adjoint && p.out_channels / p.groups <= kFewOutputs ? active_conv_transpose_few_kernel()
-                                                  : active_conv_transpose_kernel();
+                                                                   : active_conv_transpose_kernel();
 }
 
 Tensor pack_weight(const Tensor& weight, const ConvTransposeParams& p) {
@@ -176,8 +176,8 @@ std::vector<int64_t> set_input(const Tensor& input, const Tensor& weight, int64_
                     "expected the spatial sizes of input to be from 1 to 2^30, but its shape is ", shape_of(input));
     p.out_size[axis] = (p.in_size[axis] - 1) * p.stride[axis] - 2 * p.padding[axis] +
                        p.dilation[axis] * (p.kernel[axis] - 1) + extra[axis] + 1;
-    STD_TORCH_CHECK(p.out_size[axis] >= 1, "expected padding to leave at least one output, but it is ", geometry.padding[i],
-                    " and the size of the output would be ", p.out_size[axis]);
+    STD_TORCH_CHECK(p.out_size[axis] >= 1, "expected padding to leave at least one output, but it is ",
+                    geometry.padding[i], " and the size of the output would be ", p.out_size[axis]);
     out_shape.push_back(p.out_size[axis]);
   }
   // A tensor without channels has no elements, however large these.
@@ -191,7 +191,7 @@ std::vector<int64_t> set_input(const Tensor& input, const Tensor& weight, int64_
 
 Tensor empty_images(const std::vector<int64_t>& shape, const Tensor& like, bool channels_last) {
   STD_TORCH_CHECK(!channels_last || shape.size() > 3, "expected channels_last to be False for 1 spatial dimension");
-  const auto format = !channels_last        ? MemoryFormat::Contiguous
+  const auto format = !channels_last      ? MemoryFormat::Contiguous
                       : shape.size() == 4 ? MemoryFormat::ChannelsLast
                                           : MemoryFormat::ChannelsLast3d;
   return torch::stable::empty(shape, like.scalar_type(), std::nullopt, like.device(), std::nullopt, format);

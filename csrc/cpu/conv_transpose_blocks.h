@@ -40,8 +40,8 @@ inline Block inputs_of(const ConvTransposeParams& p, const Block& outputs) {
   return inputs;
 }
 
-// Calls use(offset, pixel, count) for a block of a tensor (N, C, *sizes): runs of count pixels that lie at one distance in
-// memory, from that offset on; pixel counts those of the block.
+// Calls use(offset, pixel, count) for a block of a tensor (N, C, *sizes): runs of count pixels that lie at one distance
+// in memory, from that offset on; pixel counts those of the block.
 template <typename Use>
 void for_each_run(const Block& block, const int64_t (&sizes)[3], const int64_t* strides, Use use) {
   int64_t run = block.count[3], lines = block.count[0] * block.count[1] * block.count[2];
@@ -59,8 +59,8 @@ void for_each_run(const Block& block, const int64_t (&sizes)[3], const int64_t* 
   }
 }
 
-// The outputs of a block along one dimension that a tap of the kernel reaches: count of them, out + i * out_step from the
-// block's first, of inputs in + i * in_step from the first of inputs_of.
+// The outputs of a block along one dimension that a tap of the kernel reaches: count of them, out + i * out_step from
+// the block's first, of inputs in + i * in_step from the first of inputs_of.
 struct Reached {
   int64_t out, out_step, in, in_step, count;
 };
@@ -70,13 +70,15 @@ inline Reached reached_by(const ConvTransposeParams& p, const Block& outputs, co
   const int64_t stride = p.stride[axis], begin = outputs.first[axis + 1], size = p.in_size[axis];
   const int64_t end = begin + outputs.count[axis + 1] - 1, shift = p.padding[axis] - tap * p.dilation[axis];
   if (p.is_adjoint) {
-    const int64_t first = most(divide_up(shift, stride), begin), last = least(divide_down(size - 1 + shift, stride), end);
+    const int64_t first = most(divide_up(shift, stride), begin),
+                  last = least(divide_down(size - 1 + shift, stride), end);
     return {first - begin, 1, first * stride - shift - inputs.first[axis + 1], stride,
             most<int64_t>(last - first + 1, 0)};
   }
   const int64_t first = most(divide_up(begin + shift, stride), inputs.first[axis + 1]);
   const int64_t last = least(divide_down(end + shift, stride), size - 1);
-  return {first * stride - shift - begin, stride, first - inputs.first[axis + 1], 1, most<int64_t>(last - first + 1, 0)};
+  return {first * stride - shift - begin, stride, first - inputs.first[axis + 1], 1,
+          most<int64_t>(last - first + 1, 0)};
 }
 
 // Whether no output is reached by more than one tap.

@@ -10,6 +10,8 @@
 #include "attention_pack.h"
 #include "conv_transpose_blocks.h"
 #include "conv_transpose_write.h"
+#include "scratch.h"
+#include "with_element_type.h"
 
 namespace gpt4fast::cpu::GPT4FAST_LEVEL {
 namespace {
@@ -37,11 +39,10 @@ void pack(const ConvTransposeParams& p, void* packed, int64_t thread, int64_t th
   const int64_t depth = padded_depth<T>(layout.inputs), rows = p.groups * layout.rows();
   for (int64_t row = rows * thread / threads; row < rows * (thread + 1) / threads; ++row) {
     const int64_t group = row / layout.rows(), tap = row % layout.rows() / layout.outputs;
-    const auto* source = static_cast<const scalar_t*>(p.weight) +
-                         group * layout.inputs * p.weight_strides[0] + row % layout.outputs * p.weight_strides[1] +
-                         tap / (p.kernel[1] * p.kernel[2]) * p.weight_strides[2] +
-                         tap / p.kernel[2] % p.kernel[1] * p.weight_strides[3] +
-                         tap % p.kernel[2] * p.weight_strides[4];
+    const auto* source =
+        static_cast<const scalar_t*>(p.weight) + group * layout.inputs * p.weight_strides[0] +
+        row % layout.outputs * p.weight_strides[1] + tap / (p.kernel[1] * p.kernel[2]) * p.weight_strides[2] +
+        tap / p.kernel[2] % p.kernel[1] * p.weight_strides[3] + tap % p.kernel[2] * p.weight_strides[4];
     pack_row(source, p.weight_strides[0], layout.inputs, depth, static_cast<T*>(packed) + row * depth);
   }
 }
@@ -52,7 +53,8 @@ struct Column {
   int64_t tap, first, count, input;
 };
 
-// A row of taps that reaches a row of outputs, and the row of inputs, counted from the block's first, that it multiplies.
+// A row of taps that reaches a row of outputs, and the row of inputs, counted from the block's first, that it
+// multiplies.
 struct MeetingRow {
   int64_t tap, input;
 };
@@ -64,7 +66,7 @@ struct TapRow {
 };
 
 template <typename scalar_t>
-struct Plan {
+struct Plan : Scratch {
   using T = Compute<scalar_t>;
 
   WeightLayout layout;
@@ -83,10 +85,10 @@ struct Plan {
   TapRow* tap_rows;        // (kernel D * H)
   int64_t phases;          // of a line
   int64_t line_length;
-  int64_t bytes = 0;
 
   Plan(const ConvTransposeParams& p, int64_t threads, void* memory)
-      : layout(p),
+      : Scratch(memory),
+        layout(p),
         depth(padded_depth<T>(layout.inputs)),
         blocks(p, p.batch * p.out_size[0] * p.out_size[1] * p.out_size[2]),
         rows(layout.inputs == 1 && layout.outputs == 1 ? 1 : layout.rows()) {
@@ -102,7 +104,6 @@ struct Plan {
     // With a stride of 2 always both, which are interleaved.
     phases = p.stride[2] == 2 ? 2 : least(p.stride[2], blocks.largest().count[3]);
     line_length = (round_up(divide_up(blocks.largest().count[3], phases), kLanes) + kLanes) * phases;
-    base_ = static_cast<char*>(memory);
     take(panel, depth * kPanel);
     take(products, rows * pixels + 2 * kLanes);  // around them is read what means nothing
     products += kLanes;
@@ -114,15 +115,6 @@ struct Plan {
     take(meeting, blocks.largest().count[2] * p.kernel[1]);
     take(tap_rows, p.kernel[0] * p.kernel[1]);
   }
-
- private:
-  template <typename Item>
-  void take(Item*& pointer, int64_t count) {
-    pointer = reinterpret_cast<Item*>(base_ + bytes);
-    bytes += round_up(count * static_cast<int64_t>(sizeof(Item)), 64);
-  }
-
-  char* base_;
 };
 
 template <typename scalar_t>
@@ -151,9 +143,8 @@ class Kernel {
  private:
   // What depends on the block's place in an image is kept for the next group, or image.
   void begin(const Block& outputs) {
-    const bool is_like_last =
-        std::equal(outputs.first + 1, outputs.first + 4, outputs_.first + 1) &&
-        std::equal(outputs.count + 1, outputs.count + 4, outputs_.count + 1);
+    const bool is_like_last = std::equal(outputs.first + 1, outputs.first + 4, outputs_.first + 1) &&
+                              std::equal(outputs.count + 1, outputs.count + 4, outputs_.count + 1);
     outputs_ = outputs;
     inputs_ = inputs_of(p, outputs);
     if (!is_like_last) {
@@ -173,9 +164,10 @@ class Kernel {
     float* to = plan.products;
     store(to - kLanes, Vector{});
     for (int64_t line = 0; line < lines; ++line, to += inputs_.count[3] + kLanes) {
-      for_each_run(line * inputs_.count[3], inputs_.count[3], [&](const scalar_t* source, int64_t pixel, int64_t count) {
-        pack_row(source, p.input_strides[4], count, count, to + pixel - line * inputs_.count[3]);
-      });
+      for_each_run(line * inputs_.count[3], inputs_.count[3],
+                   [&](const scalar_t* source, int64_t pixel, int64_t count) {
+                     pack_row(source, p.input_strides[4], count, count, to + pixel - line * inputs_.count[3]);
+                   });
       store(to + inputs_.count[3], Vector{});
     }
   }
@@ -420,17 +412,8 @@ class Kernel {
   Block outputs_ = {{0, -1, 0, 0}, {}}, inputs_;  // of no place yet
 };
 
-template <typename Use>
-auto with_type(ElementType dtype, Use use) {
-  switch (dtype) {
-    case ElementType::bfloat16: return use(BFloat16{});
-    case ElementType::float16: return use(Half{});
-    default: return use(float{});
-  }
-}
-
 int64_t packed_bytes(const ConvTransposeParams& p) {
-  return with_type(p.dtype, [&](auto type) {
+  return with_element_type(p.dtype, [&](auto type) {
     using T = Compute<decltype(type)>;
     const WeightLayout layout(p);
     return p.groups * layout.rows() * padded_depth<T>(layout.inputs) * static_cast<int64_t>(sizeof(T));
@@ -438,15 +421,16 @@ int64_t packed_bytes(const ConvTransposeParams& p) {
 }
 
 void pack(const ConvTransposeParams& p, void* packed, int64_t thread, int64_t threads) {
-  with_type(p.dtype, [&](auto type) { pack<decltype(type)>(p, packed, thread, threads); });
+  with_element_type(p.dtype, [&](auto type) { pack<decltype(type)>(p, packed, thread, threads); });
 }
 
 int64_t workspace(const ConvTransposeParams& p, int64_t threads) {
-  return with_type(p.dtype, [&](auto type) { return Plan<decltype(type)>(p, threads, nullptr).bytes; });
+  return with_element_type(p.dtype, [&](auto type) { return Plan<decltype(type)>(p, threads, nullptr).bytes; });
 }
 
 void run(const ConvTransposeParams& p, const void* packed, void* memory, int64_t thread, int64_t threads) {
-  with_type(p.dtype, [&](auto type) { Kernel<decltype(type)>(p, threads, packed, memory).run(thread, threads); });
+  with_element_type(p.dtype,
+                    [&](auto type) { Kernel<decltype(type)>(p, threads, packed, memory).run(thread, threads); });
 }
 
 }  // namespace

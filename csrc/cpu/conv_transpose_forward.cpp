@@ -67,8 +67,8 @@ Tensor forward(const Tensor& input, const Tensor& weight, const std::optional<Te
   p.activation = parse_activation(take_string(activation));  // first: a failed check must not lose the string
   p.negative_slope = static_cast<float>(negative_slope);
   p.channels_last = channels_last;
-  const Tensor out = empty_images(set_input(input, weight, groups, {stride, padding, output_padding, dilation}, p), input,
-                                  channels_last);
+  const Tensor out = empty_images(set_input(input, weight, groups, {stride, padding, output_padding, dilation}, p),
+                                  input, channels_last);
   const Tensor affine =
       torch::stable::new_empty(input, {2, p.out_channels + ConvTransposeParams::kMostLanes}, ScalarType::Float);
   set_affine(bias, scale, shift, affine.mutable_data_ptr<float>(), p);

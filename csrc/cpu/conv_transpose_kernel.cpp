@@ -1,8 +1,8 @@
 // Transposed convolution on the CPU as products of pixels, without an im2col buffer: each tap of the kernel multiplies
 // the inputs that it reads by its (channels, output channels) matrix and adds the result to the outputs that it
-// reaches. No product with an inserted zero or with padding is ever formed, whatever the stride and the dilation. A task
-// is a block of outputs for as many output channels as a tile of registers holds. The same loops, with the grids' roles
-// exchanged, compute the convolution that is the gradient of the input. Compiled once per CPU level.
+// reaches. No product with an inserted zero or with padding is ever formed, whatever the stride and the dilation. A
+// task is a block of outputs for as many output channels as a tile of registers holds. The same loops, with the grids'
+// roles exchanged, compute the convolution that is the gradient of the input. Compiled once per CPU level.
 #include "../conv_transpose.h"
 
 #include <type_traits>
@@ -12,6 +12,8 @@
 #include "conv_transpose_write.h"
 #include "pack_row.h"
 #include "placed_product.h"
+#include "scratch.h"
+#include "with_element_type.h"
 
 namespace gpt4fast::cpu::GPT4FAST_LEVEL {
 namespace {
@@ -47,13 +49,11 @@ template <typename scalar_t>
 void pack_block(const ConvTransposeParams& p, const WeightLayout<Compute<scalar_t>>& layout, int64_t group,
                 int64_t block, Compute<scalar_t>* target) {
   using T = Compute<scalar_t>;
-  const int64_t(&strides)[5] = p.weight_strides;
+  const int64_t (&strides)[5] = p.weight_strides;
   const int64_t channels = layout.channels(block);
-  const bool taps_adjacent =
-      strides[4] == 1 && strides[3] == p.kernel[2] && strides[2] == p.kernel[1] * p.kernel[2];
+  const bool taps_adjacent = strides[4] == 1 && strides[3] == p.kernel[2] && strides[2] == p.kernel[1] * p.kernel[2];
   const int64_t group_step = p.is_adjoint ? layout.group_outputs * strides[1] : layout.group_inputs * strides[0];
-  const auto* source =
-      static_cast<const scalar_t*>(p.weight) + group * group_step + block * layout.width * strides[1];
+  const auto* source = static_cast<const scalar_t*>(p.weight) + group * group_step + block * layout.width * strides[1];
   const auto offset_of = [&](int64_t tap) {
     return taps_adjacent ? tap
                          : tap / (p.kernel[1] * p.kernel[2]) * strides[2] +
@@ -103,7 +103,7 @@ void pack(const ConvTransposeParams& p, void* packed, int64_t thread, int64_t th
 
 // How a call is cut, and what a thread needs for it.
 template <typename scalar_t>
-struct Plan {
+struct Plan : Scratch {
   using T = Compute<scalar_t>;
 
   WeightLayout<T> layout;
@@ -113,10 +113,10 @@ struct Plan {
   float* sums;       // (block, width)
   RowPlace* places;  // (block)
   float* lines;      // (kLanes, line_step of the block)
-  int64_t bytes = 0;
 
   Plan(const ConvTransposeParams& p, int64_t threads, void* memory)
-      : layout(p),
+      : Scratch(memory),
+        layout(p),
         in_place(std::is_same_v<T, scalar_t> && p.input_strides[1] == 1 && layout.depth == layout.group_inputs),
         blocks(p, kMostOutputs) {
     const int64_t pixel = p.groups * layout.depth * static_cast<int64_t>(sizeof(T));
@@ -126,22 +126,12 @@ struct Plan {
       outputs /= 2;
       blocks = Blocks(p, outputs);
     }
-    base_ = static_cast<char*>(memory);
     const int64_t outputs = blocks.largest().size();
     take(inputs, in_place ? 0 : blocks.most_inputs() * p.groups * layout.depth);
     take(sums, outputs * layout.width);
     take(places, outputs);
     take(lines, p.channels_last ? 0 : kLanes * line_step(blocks.largest()));
   }
-
- private:
-  template <typename Item>
-  void take(Item*& pointer, int64_t count) {
-    pointer = reinterpret_cast<Item*>(base_ + bytes);
-    bytes += round_up(count * static_cast<int64_t>(sizeof(Item)), 64);
-  }
-
-  char* base_;
 };
 
 template <typename scalar_t>
@@ -256,8 +246,7 @@ class Kernel {
           const int64_t line = (image * outputs_.count[1] + depths.out + i * depths.out_step) * outputs_.count[2] +
                                rows.out + j * rows.out_step;
           RowPlace next = {image * strides_[0] + (depths.in + i * depths.in_step) * strides_[1] +
-                               (rows.in + j * rows.in_step) * strides_[2] +
-                               columns.in * strides_[3],
+                               (rows.in + j * rows.in_step) * strides_[2] + columns.in * strides_[3],
                            (line * outputs_.count[3] + columns.out) * width};
           for (int64_t k = 0; k < columns.count; ++k) {
             *place++ = next;
@@ -280,17 +269,8 @@ class Kernel {
   int64_t strides_[4];  // between pixels: image, D, H, W
 };
 
-template <typename Use>
-auto with_type(ElementType dtype, Use use) {
-  switch (dtype) {
-    case ElementType::bfloat16: return use(BFloat16{});
-    case ElementType::float16: return use(Half{});
-    default: return use(float{});
-  }
-}
-
 int64_t packed_bytes(const ConvTransposeParams& p) {
-  return with_type(p.dtype, [&](auto type) {
+  return with_element_type(p.dtype, [&](auto type) {
     using T = Compute<decltype(type)>;
     const WeightLayout<T> layout(p);
     return p.groups * layout.blocks * layout.block_size() * static_cast<int64_t>(sizeof(T));
@@ -298,15 +278,16 @@ int64_t packed_bytes(const ConvTransposeParams& p) {
 }
 
 void pack(const ConvTransposeParams& p, void* packed, int64_t thread, int64_t threads) {
-  with_type(p.dtype, [&](auto type) { pack<decltype(type)>(p, packed, thread, threads); });
+  with_element_type(p.dtype, [&](auto type) { pack<decltype(type)>(p, packed, thread, threads); });
 }
 
 int64_t workspace(const ConvTransposeParams& p, int64_t threads) {
-  return with_type(p.dtype, [&](auto type) { return Plan<decltype(type)>(p, threads, nullptr).bytes; });
+  return with_element_type(p.dtype, [&](auto type) { return Plan<decltype(type)>(p, threads, nullptr).bytes; });
 }
 
 void run(const ConvTransposeParams& p, const void* packed, void* memory, int64_t thread, int64_t threads) {
-  with_type(p.dtype, [&](auto type) { Kernel<decltype(type)>(p, threads, packed, memory).run(thread, threads); });
+  with_element_type(p.dtype,
+                    [&](auto type) { Kernel<decltype(type)>(p, threads, packed, memory).run(thread, threads); });
 }
 
 }  // namespace

@@ -1,8 +1,8 @@
 // Gradient of the weight of a transposed convolution: for each tap the product (input channels, pairs) @ (pairs, output
-// channels) over all pairs of an input and an output that the tap connects. Blocks of inputs are copied, channels first,
-// and the outputs that they reach, channels last; then a tile of the gradient stays in registers while its pairs run.
-// Where the processor multiplies two bfloat16 at once, two pairs are one step: all inputs of the block run, and those
-// that a tap takes outside meet zeros. Compiled once per CPU level.
+// channels) over all pairs of an input and an output that the tap connects. Blocks of inputs are copied, channels
+// first, and the outputs that they reach, channels last; then a tile of the gradient stays in registers while its pairs
+// run. Where the processor multiplies two bfloat16 at once, two pairs are one step: all inputs of the block run, and
+// those that a tap takes outside meet zeros. Compiled once per CPU level.
 #include "../conv_transpose.h"
 
 #include <algorithm>
@@ -11,6 +11,8 @@
 #include "conv_transpose_blocks.h"
 #include "conv_transpose_write.h"
 #include "pack_row.h"
+#include "scratch.h"
+#include "with_element_type.h"
 
 namespace gpt4fast::cpu::GPT4FAST_LEVEL {
 namespace {
@@ -102,7 +104,7 @@ ConvTransposeParams adjoint_of(const ConvTransposeParams& p) {
 }
 
 template <typename T>
-struct Plan {
+struct Plan : Scratch {
   ConvTransposeParams adjoint;
   int64_t inputs, outputs, taps;  // channels of a group
   int64_t width, parts;           // channels of a tile, and tiles
@@ -114,10 +116,10 @@ struct Plan {
   float* sums;                    // (taps, inputs, width)
   Pair* pairs;                    // (pixels of a block of inputs)
   const T** rows;                 // (pixels, rounded up to kDepth): the output that meets each, or zeros
-  int64_t bytes = 0;
 
   Plan(const ConvTransposeParams& p, void* memory)
-      : adjoint(adjoint_of(p)),
+      : Scratch(memory),
+        adjoint(adjoint_of(p)),
         inputs(p.in_channels / p.groups),
         outputs(p.out_channels / p.groups),
         taps(p.kernel[0] * p.kernel[1] * p.kernel[2]),
@@ -132,7 +134,6 @@ struct Plan {
     }
     const int64_t pixels = blocks.largest().size();
     input_row = round_up(pixels, kLanes) + kLanes;  // no power of 2: rows would share few lines of L1
-    base_ = static_cast<char*>(memory);
     take(input, inputs * input_row);
     take(output, (blocks.most_inputs() + 1) * width);
     take(steps, kDepth<T> > 1 ? kPairs * width * kDepth<T> : 0);
@@ -140,15 +141,6 @@ struct Plan {
     take(pairs, pixels);
     take(rows, kDepth<T> > 1 ? pixels + kDepth<T> : 0);
   }
-
- private:
-  template <typename Item>
-  void take(Item*& pointer, int64_t count) {
-    pointer = reinterpret_cast<Item*>(base_ + bytes);
-    bytes += round_up(count * static_cast<int64_t>(sizeof(Item)), 64);
-  }
-
-  char* base_;
 };
 
 template <typename scalar_t>
@@ -235,10 +227,13 @@ class Kernel {
     for (int64_t image = 0; image < inputs_.count[0]; ++image) {
       for (int64_t i = 0; i < depths.count; ++i) {
         for (int64_t j = 0; j < rows.count; ++j) {
-          const int64_t in = ((image * inputs_.count[1] + depths.out + i) * inputs_.count[2] + rows.out + j) *
-                                 inputs_.count[3] + columns.out;
+          const int64_t in =
+              ((image * inputs_.count[1] + depths.out + i) * inputs_.count[2] + rows.out + j) * inputs_.count[3] +
+              columns.out;
           const int64_t out = ((image * outputs_.count[1] + depths.in + i * depths.in_step) * outputs_.count[2] +
-                               rows.in + j * rows.in_step) * outputs_.count[3] + columns.in;
+                               rows.in + j * rows.in_step) *
+                                  outputs_.count[3] +
+                              columns.in;
           for (int64_t k = 0; k < columns.count; ++k) {
             *pair++ = {in + k, (out + k * columns.in_step) * plan.width};
           }
@@ -307,7 +302,8 @@ class Kernel {
   void write(int64_t group, int64_t part) {
     const int64_t channels = least(plan.width, plan.outputs - part * plan.width);
     for (int64_t row = 0; row < rows_; ++row) {
-      scalar_t* target = grad_weight_ + ((group * plan.inputs + first_ + row) * plan.outputs + part * plan.width) * plan.taps;
+      scalar_t* target =
+          grad_weight_ + ((group * plan.inputs + first_ + row) * plan.outputs + part * plan.width) * plan.taps;
       for (int64_t c = 0; c < channels; c += kLanes) {
         for (int64_t tap = 0; tap < plan.taps; tap += kLanes) {
           Vector square[kLanes];
@@ -332,22 +328,13 @@ class Kernel {
   Block inputs_, outputs_;
 };
 
-template <typename Use>
-auto with_type(ElementType dtype, Use use) {
-  switch (dtype) {
-    case ElementType::bfloat16: return use(BFloat16{});
-    case ElementType::float16: return use(Half{});
-    default: return use(float{});
-  }
-}
-
 int64_t workspace(const ConvTransposeParams& p) {
-  return with_type(p.dtype, [&](auto type) { return Plan<Compute<decltype(type)>>(p, nullptr).bytes; });
+  return with_element_type(p.dtype, [&](auto type) { return Plan<Compute<decltype(type)>>(p, nullptr).bytes; });
 }
 
 void run(const ConvTransposeParams& p, const void* grad_out, const int64_t* grad_out_strides, void* grad_weight,
          void* memory, int64_t thread, int64_t threads) {
-  with_type(p.dtype, [&](auto type) {
+  with_element_type(p.dtype, [&](auto type) {
     Kernel<decltype(type)>(p, grad_out, grad_out_strides, grad_weight, memory).run(thread, threads);
   });
 }

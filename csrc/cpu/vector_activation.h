@@ -17,8 +17,8 @@ inline Vector sigmoid(Vector x) {
 inline Vector half_erfc(Vector size) {
   const Vector t = broadcast(1.0f) / multiply_add(size, broadcast(0.5f), broadcast(1.0f));
   Vector series = multiply_add(t, broadcast(0.17087277f), broadcast(-0.82215223f));
-  for (const float coefficient : {1.48851587f, -1.13520398f, 0.27886807f, -0.18628806f, 0.09678418f, 0.37409196f,
-                                  1.00002368f, -1.26551223f}) {
+  for (const float coefficient :
+       {1.48851587f, -1.13520398f, 0.27886807f, -0.18628806f, 0.09678418f, 0.37409196f, 1.00002368f, -1.26551223f}) {
     series = multiply_add(series, t, broadcast(coefficient));
   }
   const Vector exponent = (series - size * size) * 1.442695041f;
