@@ -208,7 +208,7 @@ def _prefer_conv_transpose(call: dict) -> tuple[str, ...]:
     else:
         # 1.1 to 14; large and channels last 0.9 to 1.0 alone, and 1.1 with what follows in the same pass.
         fuses = call["activation"] is not None or call["scale"] is not None or call["shift"] is not None
-        wins = not channels_last or fuses or pixels <= 1024
+        wins = not channels_last or (call["groups"] == 1 and (fuses or pixels <= 1024))  # grouped 0.8 to 1.0
     return ("native", "torch") if wins else ("torch",)
 
 
