@@ -8,34 +8,21 @@
 #include <utility>
 
 #include "attention_pack.h"
-#include "conv_transpose_blocks.h"
+#include "conv_transpose_few_plan.h"
 #include "conv_transpose_write.h"
-#include "scratch.h"
 #include "with_element_type.h"
 
 namespace gpt4fast::cpu::GPT4FAST_LEVEL {
 namespace {
 
-constexpr int64_t kMostProducts = 128 << 10;  // of a block, in floats: half of L2
-constexpr int64_t kSteps = 128;               // that are summed in one run
-constexpr int64_t kPanel = kKeyBlock;         // pixels that are multiplied at once
-
-struct WeightLayout {
-  int64_t inputs, outputs, taps;  // of a group
-
-  explicit WeightLayout(const ConvTransposeParams& p)
-      : inputs(p.in_channels / p.groups),
-        outputs(p.out_channels / p.groups),
-        taps(p.kernel[0] * p.kernel[1] * p.kernel[2]) {}
-
-  int64_t rows() const { return taps * outputs; }
-};
+constexpr int64_t kSteps = 128;      // that are summed in one run
+static_assert(kPanel == kKeyBlock);  // of pack_transposed
 
 // (groups, taps, outputs, depth)
 template <typename scalar_t>
 void pack(const ConvTransposeParams& p, void* packed, int64_t thread, int64_t threads) {
   using T = Compute<scalar_t>;
-  const WeightLayout layout(p);
+  const FewLayout layout(p);
   const int64_t depth = padded_depth<T>(layout.inputs), rows = p.groups * layout.rows();
   for (int64_t row = rows * thread / threads; row < rows * (thread + 1) / threads; ++row) {
     const int64_t group = row / layout.rows(), tap = row % layout.rows() / layout.outputs;
@@ -46,76 +33,6 @@ void pack(const ConvTransposeParams& p, void* packed, int64_t thread, int64_t th
     pack_row(source, p.weight_strides[0], layout.inputs, depth, static_cast<T*>(packed) + row * depth);
   }
 }
-
-// A column of taps, and what it reaches of a line of outputs that has one phase (outputs that are equal modulo the
-// stride): outputs [first, first + count) of the phase, of inputs from `input` on.
-struct Column {
-  int64_t tap, first, count, input;
-};
-
-// A row of taps that reaches a row of outputs, and the row of inputs, counted from the block's first, that it
-// multiplies.
-struct MeetingRow {
-  int64_t tap, input;
-};
-
-// The same for a line of outputs in all dimensions.
-struct TapRow {
-  int64_t tap;          // its first
-  const float* inputs;  // or products with its first tap's weight
-};
-
-template <typename scalar_t>
-struct Plan : Scratch {
-  using T = Compute<scalar_t>;
-
-  WeightLayout layout;
-  int64_t depth;
-  Blocks blocks;
-  int64_t rows;            // of products: 1 if depthwise
-  int64_t pixels;          // between rows of products
-  T* panel;                // (depth / kDepth, kPanel, kDepth)
-  float* products;         // (rows, pixels); depthwise: the inputs themselves, with kLanes zeros around each line
-  float* weights;          // (taps), depthwise
-  float* lines;            // (outputs, line_length): finished
-  Column* columns;         // (kernel W), by phases
-  int64_t* first_columns;  // (phases + 1)
-  int64_t* meetings;       // (rows of outputs): how many rows of taps reach it
-  MeetingRow* meeting;     // (rows of outputs, kernel H): which
-  TapRow* tap_rows;        // (kernel D * H)
-  int64_t phases;          // of a line
-  int64_t line_length;
-
-  Plan(const ConvTransposeParams& p, int64_t threads, void* memory)
-      : Scratch(memory),
-        layout(p),
-        depth(padded_depth<T>(layout.inputs)),
-        blocks(p, p.batch * p.out_size[0] * p.out_size[1] * p.out_size[2]),
-        rows(layout.inputs == 1 && layout.outputs == 1 ? 1 : layout.rows()) {
-    for (int64_t outputs = blocks.largest().size();
-         outputs > 64 && (blocks.most_inputs() * rows > kMostProducts || blocks.count() * p.groups < threads);) {
-      outputs /= 2;
-      blocks = Blocks(p, outputs);
-    }
-    // No power of 2 apart, or all rows would share a few lines of the caches: 1.3 times as fast.
-    const int64_t width = blocks.most_inputs(2);
-    const int64_t padded = blocks.most_inputs() / width * (width + (rows == 1 ? kLanes : 0));
-    pixels = round_up(padded, 64) + 16;
-    // With a stride of 2 always both, which are interleaved.
-    phases = p.stride[2] == 2 ? 2 : least(p.stride[2], blocks.largest().count[3]);
-    line_length = (round_up(divide_up(blocks.largest().count[3], phases), kLanes) + kLanes) * phases;
-    take(panel, depth * kPanel);
-    take(products, rows * pixels + 2 * kLanes);  // around them is read what means nothing
-    products += kLanes;
-    take(weights, rows == 1 ? layout.taps : 0);
-    take(lines, layout.outputs * line_length);
-    take(columns, p.kernel[2]);
-    take(first_columns, phases + 1);
-    take(meetings, blocks.largest().count[2]);
-    take(meeting, blocks.largest().count[2] * p.kernel[1]);
-    take(tap_rows, p.kernel[0] * p.kernel[1]);
-  }
-};
 
 template <typename scalar_t>
 class Kernel {
@@ -173,7 +90,7 @@ class Kernel {
   }
 
   void multiply_inputs() {
-    const WeightLayout& layout = plan.layout;
+    const FewLayout& layout = plan.layout;
     const T* weight = packed_ + group_ * layout.rows() * plan.depth;
     const int64_t pixels = inputs_.size();
     for (int64_t first = 0; first < pixels; first += kPanel) {
@@ -406,7 +323,7 @@ class Kernel {
   }
 
   const ConvTransposeParams& p;
-  Plan<scalar_t> plan;
+  FewPlan<scalar_t> plan;
   const T* packed_;
   int64_t group_;
   Block outputs_ = {{0, -1, 0, 0}, {}}, inputs_;  // of no place yet
@@ -415,7 +332,7 @@ class Kernel {
 int64_t packed_bytes(const ConvTransposeParams& p) {
   return with_element_type(p.dtype, [&](auto type) {
     using T = Compute<decltype(type)>;
-    const WeightLayout layout(p);
+    const FewLayout layout(p);
     return p.groups * layout.rows() * padded_depth<T>(layout.inputs) * static_cast<int64_t>(sizeof(T));
   });
 }
@@ -425,7 +342,7 @@ void pack(const ConvTransposeParams& p, void* packed, int64_t thread, int64_t th
 }
 
 int64_t workspace(const ConvTransposeParams& p, int64_t threads) {
-  return with_element_type(p.dtype, [&](auto type) { return Plan<decltype(type)>(p, threads, nullptr).bytes; });
+  return with_element_type(p.dtype, [&](auto type) { return FewPlan<decltype(type)>(p, threads, nullptr).bytes; });
 }
 
 void run(const ConvTransposeParams& p, const void* packed, void* memory, int64_t thread, int64_t threads) {

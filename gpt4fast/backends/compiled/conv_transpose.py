@@ -33,12 +33,11 @@ def conv_transpose(
     """
     channels_last = memory_format(input, weight) != torch.contiguous_format
     geometry = stride, padding, output_padding, groups, dilation
-    finish = scale, shift, activation or "none", negative_slope
-    has_epilogue = finish[:3] != (None, None, "none")
+    has_epilogue = scale is not None or shift is not None or activation is not None
     if has_epilogue and needs_grad(input, weight, bias, scale, shift):
         output = _run(input, weight, bias, *geometry, None, None, "none", 0.0, channels_last)
         return epilogue(output, scale, shift, activation, negative_slope).to(output.dtype)
-    return _run(input, weight, bias, *geometry, *finish, channels_last)
+    return _run(input, weight, bias, *geometry, scale, shift, activation or "none", negative_slope, channels_last)
 
 
 def _run(input: Tensor, weight: Tensor, bias: Tensor | None, stride, padding, output_padding, groups, *rest) -> Tensor:
