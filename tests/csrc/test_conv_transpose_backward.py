@@ -32,22 +32,32 @@ class Case:
         settings = self.stride, self.padding, self.extra, self.groups, self.dilation
         return torch.ops.gpt4fast.conv_transpose_backward(grad, x, w, *settings, channels_last, *needed)
 
-    def check(self, dtype=torch.float32, channels_last=False):
-        """At most twice as far from float64 as torch in the same dtype, or within its rounding where torch is exact."""
+    def check(self, dtype=torch.float32, channels_last=False, against_torch=True):
+        """At most twice as far from float64 as torch in the same dtype, or within its rounding where torch is exact.
+
+        Without torch, whose own backward crashes for some shapes in half types (2.13): within a bound of the sums.
+        """
         layout = CHANNELS_LAST[self.dims] if channels_last else torch.contiguous_format
         x, w = self.x.to(dtype).contiguous(memory_format=layout), self.w.to(dtype)
-        wide = [t.double().requires_grad_() for t in (x, w)]
-        out = self.torchs(*wide)
-        grad = torch.randn(out.shape).to(dtype).contiguous(memory_format=layout)
-        exact = torch.autograd.grad(out, wide, grad.double())
-        leaves = [t.clone().requires_grad_() for t in (x, w)]
-        theirs = torch.autograd.grad(self.torchs(*leaves), leaves, grad)
-        for name, own, other, true in zip(NAMES, self.ours(grad, x, w, channels_last), theirs, exact, strict=True):
+        with torch.no_grad():
+            shape = self.torchs(self.x, self.w).shape
+        grad = torch.randn(shape).to(dtype).contiguous(memory_format=layout)
+        exact = self.gradients(x.double(), w.double(), grad.double())
+        if against_torch:
+            theirs = self.gradients(x, w, grad)
+            errors = [2 * (t.double() - true).norm().item() for t, true in zip(theirs, exact, strict=True)]
+        else:
+            sizes = self.gradients(x.double().abs(), w.double().abs(), grad.double().abs())
+            errors = [2 * torch.finfo(torch.float32).eps * size.norm().item() for size in sizes]
+        for name, own, true, error in zip(NAMES, self.ours(grad, x, w, channels_last), exact, errors, strict=True):
             assert own.dtype == dtype and own.shape == true.shape
             assert own.is_contiguous(memory_format=layout if name == "input" else torch.contiguous_format)
-            error = (own.double() - true).norm().item()
-            allowed = 2 * (other.double() - true).norm().item() + torch.finfo(dtype).eps * true.norm().item()
-            assert error <= allowed, f"{name}: {error} from float64, allowed {allowed}"
+            allowed = error + torch.finfo(dtype).eps * true.norm().item()
+            assert (own.double() - true).norm().item() <= allowed, name
+
+    def gradients(self, x, w, grad):
+        leaves = [t.detach().requires_grad_() for t in (x, w)]
+        return torch.autograd.grad(self.torchs(*leaves), leaves, grad)
 
 
 CASES = {
@@ -166,4 +176,5 @@ def test_random_calls(data):
     channels = st.one_of(st.just(1), st.integers(1, 20), st.integers(1, 80))
     sizes = draw(st.integers(1, 3), "batch"), draw(st.integers(1, 3), "groups"), draw(channels), draw(channels)
     case = Case(*sizes, size, kernel, stride, padding, extra, dilation)
-    case.check(draw(st.sampled_from(DTYPES), "dtype"), dims > 1 and draw(st.booleans(), "channels last"))
+    channels_last = dims > 1 and draw(st.booleans(), "channels last")
+    case.check(draw(st.sampled_from(DTYPES), "dtype"), channels_last, against_torch=False)
