@@ -193,8 +193,9 @@ def _prefer_conv_transpose(call: dict) -> tuple[str, ...]:
         return ("torch",)
     if needs_grad(input, weight, call["bias"], call["scale"], call["shift"]):
         # Torch's own autograd costs 60 us less a call: 1.1 to 1.9 above this many multiply-adds.
-        work = input.numel() * weight[0].numel()
-        return ("native", "torch") if channels >= 16 and work >= 1 << 25 else ("torch",)
+        wins = channels >= 16 and input.numel() * weight[0].numel() >= 1 << 25
+        crashes = compiled_conv_transpose.torch_crashes(input, weight, call["padding"], call["dilation"])
+        return ("native", "torch") if wins or crashes else ("torch",)
     pixels = input.shape[0] * input.shape[2:].numel()
     channels_last = memory_format(input, weight) != torch.contiguous_format
     if input.dtype == torch.float16:

@@ -335,6 +335,19 @@ def test_gradients_of_many_channels(dtype, channels_last, needs_native):
         assert error <= allowed + torch.finfo(dtype).eps * expected.norm()
 
 
+def test_gradients_where_torchs_kernel_crashes(needs_native):
+    """Torch 2.13 ends the process with a segmentation fault here; "auto" does not call it."""
+    x = torch.randn(2, 2, 9, 3).bfloat16().contiguous(memory_format=torch.channels_last).requires_grad_()
+    weight = torch.randn(2, 13, 5, 2).bfloat16().requires_grad_()
+    geometry = (4, 3), (3, 4), 0, 2, (2, 2)
+    out = gpt4fast.conv_transpose2d(x, weight, None, *geometry)
+    grad = torch.randn(out.shape).bfloat16()
+    wide = [t.detach().double().requires_grad_() for t in (x, weight)]
+    exact = torch.autograd.grad(F.conv_transpose2d(*wide, None, *geometry), wide, grad.double())
+    for got, expected in zip(torch.autograd.grad(out, (x, weight), grad), exact, strict=True):
+        torch.testing.assert_close(got.double(), expected, rtol=0.02, atol=0.02)
+
+
 def test_autocast():
     (input, weight, bias), geometry = operands("doubling", torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -167,7 +167,7 @@ def _gradients(grad: Tensor, input: Tensor, weight: Tensor, geometry, needed) ->
     Torch's alone have derivatives: they are taken with ``create_graph=True``.
     """
     stride, padding, output_padding, groups, dilation = geometry
-    ours = [False, False] if torch.is_grad_enabled() else _native_wins(input, weight, groups)
+    ours = [False, False] if torch.is_grad_enabled() else _native_wins(input, weight, geometry)
     native = [mine and wanted for mine, wanted in zip(ours, needed, strict=True)]
     others = [wanted and not mine for mine, wanted in zip(ours, needed, strict=True)]
     grads: list[Tensor | None] = [None, None]
@@ -185,9 +185,21 @@ def _gradients(grad: Tensor, input: Tensor, weight: Tensor, geometry, needed) ->
     return grads
 
 
-def _native_wins(input: Tensor, weight: Tensor, groups: int) -> list[bool]:
+def torch_crashes(input: Tensor, weight: Tensor, padding: tuple[int, ...], dilation: tuple[int, ...]) -> bool:
+    """Whether torch's gradient of the input may end the process: bfloat16, channels last, dilated, with more padding
+    than the kernel reaches (torch 2.13; a segmentation fault in oneDNN)."""
+    if input.dtype != torch.bfloat16 or memory_format(input, weight) == torch.contiguous_format:
+        return False
+    sizes = zip(weight.shape[2:], padding, dilation, strict=True)
+    return any(d > 1 for d in dilation) and any(p > d * (k - 1) for k, p, d in sizes)
+
+
+def _native_wins(input: Tensor, weight: Tensor, geometry) -> list[bool]:
     """Whether the native gradient of the input, and that of the weight, is faster than torch's (benchmarks/LOG.md)."""
     outputs = weight.shape[1]
+    _, padding, _, groups, dilation = geometry
+    if torch_crashes(input, weight, padding, dilation):
+        return [True, True]
     if input.dtype == torch.float16:
         return [outputs >= 16, outputs >= 16]  # torch has no fast kernel
     if outputs < 16 or weight.shape[0] // groups < 16:
