@@ -8,6 +8,10 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // before torch 2.11
+#define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
+#endif
+
 namespace gpt4fast {
 
 // An uninitialised tensor on the CPU, whose memory holds the dimensions in the given order, the last one innermost. It
