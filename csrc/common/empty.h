@@ -8,9 +8,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
-#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // before torch 2.11
-#define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
-#endif
+#include "error_code.h"
 
 namespace gpt4fast {
 

@@ -4,7 +4,8 @@
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/c/shim.h>
-#include <torch/csrc/stable/macros.h>
+
+#include "error_code.h"
 
 namespace gpt4fast {
 

@@ -5,10 +5,10 @@
 #include <cuda_runtime.h>
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include "common/checks.h"
+#include "../common/error_code.h"
 
 namespace gpt4fast {
 
