@@ -8,7 +8,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "common/checks.h"
-#include "../common/error_code.h"
+#include "common/error_code.h"
 
 namespace gpt4fast {
 
