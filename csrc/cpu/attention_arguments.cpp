@@ -181,11 +181,6 @@ void set_attention_params(const Tensor& query, const Tensor& key, const Tensor& 
   p.window_right = std::min(settings.window_right, 2 * kLargest);
 }
 
-int64_t threads_for(double multiplications) {
-  const auto worth = static_cast<int64_t>(std::min(multiplications / 65536.0, 1e6));
-  return std::clamp<int64_t>(worth, 1, torch::stable::get_num_threads());
-}
-
 Tensor empty_result(const Tensor& query, int64_t value_dim, bool heads_first) {
   const std::array<int64_t, 4> sizes = {query.size(0), query.size(1), query.size(2), value_dim};
   return heads_first ? empty_on_cpu(sizes, query.scalar_type())

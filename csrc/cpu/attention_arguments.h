@@ -39,9 +39,6 @@ ElementType element_type_of(const torch::stable::Tensor& tensor, const char* nam
 // A contiguous int64 tensor (rows), or null.
 const int64_t* index_data(const std::optional<torch::stable::Tensor>& index, const char* name, int64_t rows);
 
-// Threads worth waking for this many multiplications: one for each ten microseconds.
-int64_t threads_for(double multiplications);
-
 // An uninitialised result of attention, (batch, heads, queries, value_dim): heads_first in memory, or queries first, so
 // that a model needs no copy to merge its heads.
 torch::stable::Tensor empty_result(const torch::stable::Tensor& query, int64_t value_dim, bool heads_first);

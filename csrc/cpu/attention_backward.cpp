@@ -14,6 +14,7 @@
 #include "attention_arguments.h"
 #include "attention_backward_plan.h"
 #include "cpu_level.h"
+#include "threads.h"
 
 namespace gpt4fast::cpu {
 
@@ -75,11 +76,9 @@ void share(int64_t tasks, int64_t threads, int64_t bytes, Use use) {
   const Tensor workspace = empty_on_cpu<2>({threads, bytes}, ScalarType::Byte);
   char* memory = static_cast<char*>(workspace.mutable_data_ptr());
   std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t thread = begin; thread < end; ++thread) {
-      for (int64_t task = next++; task < tasks; task = next++) {
-        use(task, next.load(), memory + thread * bytes);
-      }
+  run_on_threads(threads, [&](int64_t thread) {
+    for (int64_t task = next++; task < tasks; task = next++) {
+      use(task, next.load(), memory + thread * bytes);
     }
   });
 }

@@ -12,6 +12,7 @@
 #include "../common/empty.h"
 #include "attention_arguments.h"
 #include "cpu_level.h"
+#include "threads.h"
 
 namespace gpt4fast::cpu {
 
@@ -212,11 +213,8 @@ void run_attention_decode(const AttentionDecodeParams& p, const Tensor&) {
   const int64_t threads = std::min<int64_t>(kernel.threads(p), torch::stable::get_num_threads());
   const Tensor workspace = empty_on_cpu<1>({kernel.workspace(p, threads)}, ScalarType::Byte);
   std::vector<int64_t> counters(static_cast<size_t>(threads + p.batch * p.kv_heads));
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t thread = begin; thread < end; ++thread) {
-      kernel.run(p, workspace.mutable_data_ptr(), counters.data(), thread, threads);
-    }
-  });
+  run_on_threads(
+      threads, [&](int64_t thread) { kernel.run(p, workspace.mutable_data_ptr(), counters.data(), thread, threads); });
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gpt4fast, CPU, m) {

@@ -9,6 +9,7 @@
 #include "attention_arguments.h"
 #include "attention_decode.h"
 #include "cpu_level.h"
+#include "threads.h"
 
 namespace gpt4fast::cpu {
 
@@ -63,11 +64,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const
     const int64_t bytes = kernel.workspace(p);
     const Tensor workspace = torch::stable::new_empty(query, {threads, bytes}, ScalarType::Byte);
     char* memory = static_cast<char*>(workspace.mutable_data_ptr());
-    torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t thread = begin; thread < end; ++thread) {
-        kernel.run(p, memory + thread * bytes, thread, threads);
-      }
-    });
+    run_on_threads(threads, [&](int64_t thread) { kernel.run(p, memory + thread * bytes, thread, threads); });
   }
   return {out, lse};
 }

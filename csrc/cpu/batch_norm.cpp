@@ -14,6 +14,7 @@
 #include "attention_arguments.h"
 #include "conv_transpose_arguments.h"
 #include "cpu_level.h"
+#include "threads.h"
 
 namespace gpt4fast::cpu {
 
@@ -54,14 +55,6 @@ void set_params(const Tensor& input, const Tensor& weight, const Tensor& bias, S
   p.bias = bias.const_data_ptr<float>();
 }
 
-Tensor empty_as(const Tensor& input) {
-  std::vector<int64_t> shape;
-  for (int64_t axis = 0; axis < input.dim(); ++axis) {
-    shape.push_back(input.size(axis));
-  }
-  return torch::stable::new_empty(input, shape);
-}
-
 int64_t threads_of(const Tensor& input) {
   return threads_for(8.0 * double(input.numel()));
 }
@@ -71,7 +64,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& input, const Te
   BatchNormParams p{};
   set_params(input, weight, bias, activation, negative_slope, p);
   p.eps = eps;
-  const Tensor out = empty_as(input), mean = torch::stable::new_empty(weight, {p.channels});
+  const Tensor out = torch::stable::new_empty(input, sizes_of(input)),
+               mean = torch::stable::new_empty(weight, {p.channels});
   const Tensor rstd = torch::stable::new_empty(weight, {p.channels});
   const Tensor variance = torch::stable::new_empty(weight, {p.channels});
   p.out = out.mutable_data_ptr();
@@ -97,7 +91,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const Tensor
     CHECK_SIZE(grad_out, axis, input.size(axis));
   }
   STD_TORCH_CHECK(grad_out.is_contiguous(), "expected grad_out to be contiguous");
-  const Tensor grad_input = empty_as(input);
+  const Tensor grad_input = torch::stable::new_empty(input, sizes_of(input));
   const Tensor grad_weight = torch::stable::new_empty(weight, {p.channels});
   const Tensor grad_bias = torch::stable::new_empty(weight, {p.channels});
   p.mean = const_cast<float*>(mean.const_data_ptr<float>());

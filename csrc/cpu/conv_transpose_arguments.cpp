@@ -9,6 +9,7 @@
 #include "../common/dtypes.h"
 #include "attention_arguments.h"
 #include "cpu_level.h"
+#include "threads.h"
 
 namespace gpt4fast::cpu {
 
@@ -77,12 +78,12 @@ void copy_strides(const Tensor& tensor, int64_t (&strides)[5]) {
   }
 }
 
-void run_on_threads(int64_t threads, const std::function<void(int64_t)>& use) {
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t thread = begin; thread < end; ++thread) {
-      use(thread);
-    }
-  });
+std::vector<int64_t> sizes_of(const Tensor& tensor) {
+  std::vector<int64_t> sizes;
+  for (int64_t axis = 0; axis < tensor.dim(); ++axis) {
+    sizes.push_back(tensor.size(axis));
+  }
+  return sizes;
 }
 
 const ConvTransposeKernel& kernel_for(const ConvTransposeParams& p) {

@@ -3,7 +3,6 @@
 // What the operators of transposed convolution have in common: their arguments, checked and turned into parameters.
 
 #include <cstdint>
-#include <functional>
 #include <optional>
 #include <vector>
 
@@ -44,10 +43,10 @@ void run_kernel(const ConvTransposeParams& p, const torch::stable::Tensor& packe
 // Strides of (N, C, *spatial), spatial dimensions that are absent before those that are there.
 void copy_strides(const torch::stable::Tensor& tensor, int64_t (&strides)[5]);
 
+std::vector<int64_t> sizes_of(const torch::stable::Tensor& tensor);
+
 // Uninitialised, channels last or first.
 torch::stable::Tensor empty_images(const std::vector<int64_t>& shape, const torch::stable::Tensor& like,
                                    bool channels_last);
-
-void run_on_threads(int64_t threads, const std::function<void(int64_t)>& use);
 
 }  // namespace gpt4fast::cpu

@@ -10,9 +10,9 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "../common/checks.h"
-#include "attention_arguments.h"
 #include "conv_transpose_arguments.h"
 #include "cpu_level.h"
+#include "threads.h"
 
 namespace gpt4fast::cpu {
 
@@ -36,11 +36,7 @@ Tensor input_gradient(const Tensor& grad_out, const Tensor& input, const Tensor&
   }
   adjoint.input = grad_out.const_data_ptr();
   copy_strides(grad_out, adjoint.input_strides);
-  std::vector<int64_t> shape;
-  for (int64_t axis = 0; axis < input.dim(); ++axis) {
-    shape.push_back(input.size(axis));
-  }
-  const Tensor out = empty_images(shape, input, channels_last);
+  const Tensor out = empty_images(sizes_of(input), input, channels_last);
   if (out.numel() > 0) {
     std::vector<float> affine(2 * static_cast<size_t>(adjoint.out_channels + ConvTransposeParams::kMostLanes));
     std::fill_n(affine.begin(), adjoint.out_channels, 1.0f);
@@ -54,11 +50,7 @@ Tensor input_gradient(const Tensor& grad_out, const Tensor& input, const Tensor&
 
 Tensor weight_gradient(const Tensor& grad_out, const Tensor& weight, double multiplications,
                        const ConvTransposeParams& p) {
-  std::vector<int64_t> shape;
-  for (int64_t axis = 0; axis < weight.dim(); ++axis) {
-    shape.push_back(weight.size(axis));
-  }
-  const Tensor out = torch::stable::new_empty(weight, shape);
+  const Tensor out = torch::stable::new_empty(weight, sizes_of(weight));
   if (out.numel() == 0) {
     return out;
   }

@@ -3,12 +3,17 @@
 // The outputs of a transposed convolution, cut into blocks, and which inputs meet which of them.
 
 #include <cstdint>
-#include <numeric>
 
 #include "../conv_transpose.h"
 #include "simd/simd.h"
 
 namespace gpt4fast::cpu::GPT4FAST_LEVEL {
+
+// Where a tap of the kernel lies in the weight of one pair of channels.
+inline int64_t tap_offset(const ConvTransposeParams& p, int64_t tap) {
+  return tap / (p.kernel[1] * p.kernel[2]) * p.weight_strides[2] +
+         tap / p.kernel[2] % p.kernel[1] * p.weight_strides[3] + tap % p.kernel[2] * p.weight_strides[4];
+}
 
 // Axes 0 to 3 are image, D, H, W.
 struct Block {

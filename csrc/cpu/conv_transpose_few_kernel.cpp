@@ -26,10 +26,8 @@ void pack(const ConvTransposeParams& p, void* packed, int64_t thread, int64_t th
   const int64_t depth = padded_depth<T>(layout.inputs), rows = p.groups * layout.rows();
   for (int64_t row = rows * thread / threads; row < rows * (thread + 1) / threads; ++row) {
     const int64_t group = row / layout.rows(), tap = row % layout.rows() / layout.outputs;
-    const auto* source =
-        static_cast<const scalar_t*>(p.weight) + group * layout.inputs * p.weight_strides[0] +
-        row % layout.outputs * p.weight_strides[1] + tap / (p.kernel[1] * p.kernel[2]) * p.weight_strides[2] +
-        tap / p.kernel[2] % p.kernel[1] * p.weight_strides[3] + tap % p.kernel[2] * p.weight_strides[4];
+    const auto* source = static_cast<const scalar_t*>(p.weight) + group * layout.inputs * p.weight_strides[0] +
+                         row % layout.outputs * p.weight_strides[1] + tap_offset(p, tap);
     pack_row(source, p.weight_strides[0], layout.inputs, depth, static_cast<T*>(packed) + row * depth);
   }
 }

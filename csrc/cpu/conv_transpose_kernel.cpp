@@ -54,11 +54,6 @@ void pack_block(const ConvTransposeParams& p, const WeightLayout<Compute<scalar_
   const bool taps_adjacent = strides[4] == 1 && strides[3] == p.kernel[2] && strides[2] == p.kernel[1] * p.kernel[2];
   const int64_t group_step = p.is_adjoint ? layout.group_outputs * strides[1] : layout.group_inputs * strides[0];
   const auto* source = static_cast<const scalar_t*>(p.weight) + group * group_step + block * layout.width * strides[1];
-  const auto offset_of = [&](int64_t tap) {
-    return taps_adjacent ? tap
-                         : tap / (p.kernel[1] * p.kernel[2]) * strides[2] +
-                               tap / p.kernel[2] % p.kernel[1] * strides[3] + tap % p.kernel[2] * strides[4];
-  };
   for (int64_t c = 0; c < layout.depth; c += kDepth<T>) {
     for (int64_t lane = 0; lane < layout.width; lane += kLanes) {
       const int64_t lanes = most<int64_t>(least(kLanes, channels - lane), 0);
@@ -74,7 +69,7 @@ void pack_block(const ConvTransposeParams& p, const WeightLayout<Compute<scalar_
             transpose(rows[i]);
           } else {
             for (int64_t j = 0; j < taps; ++j) {
-              rows[i][j] = read_vector(from + offset_of(tap + j), strides[1], lanes);
+              rows[i][j] = read_vector(from + tap_offset(p, tap + j), strides[1], lanes);
             }
           }
         }
@@ -161,7 +156,6 @@ class Kernel {
     inputs_ = inputs_of(p, outputs);
     if (plan.in_place) {
       input_ = static_cast<const T*>(p.input);
-      strides_[0] = p.input_strides[0];
       for (int axis = 0; axis < 4; ++axis) {
         strides_[axis] = p.input_strides[axis == 0 ? 0 : axis + 1];
         input_ += inputs_.first[axis] * strides_[axis];

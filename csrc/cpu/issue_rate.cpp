@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "cpu_level.h"
+#include "threads.h"
 
 namespace gpt4fast::cpu {
 
@@ -18,10 +19,8 @@ int64_t issue_rate_loop(bool bfloat16, int64_t steps) {
   const IssueRateKernel& kernel = active_issue_rate_kernel();
   const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
   std::vector<int64_t> operations(static_cast<size_t>(threads));
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t thread = begin; thread < end; ++thread) {
-      operations[static_cast<size_t>(thread)] = (bfloat16 ? kernel.bfloat16 : kernel.float32)(steps);
-    }
+  run_on_threads(threads, [&](int64_t thread) {
+    operations[static_cast<size_t>(thread)] = (bfloat16 ? kernel.bfloat16 : kernel.float32)(steps);
   });
   int64_t total = 0;
   for (const int64_t count : operations) {

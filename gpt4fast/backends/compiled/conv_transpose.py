@@ -41,9 +41,8 @@ def conv_transpose(
 
 
 def _run(input: Tensor, weight: Tensor, bias: Tensor | None, stride, padding, output_padding, groups, *rest) -> Tensor:
-    geometry = stride, padding, output_padding, groups
     return torch.ops.gpt4fast.conv_transpose_forward(
-        input, weight, bias, *geometry, *rest, packed_weight(weight, groups)
+        input, weight, bias, stride, padding, output_padding, groups, *rest, packed_weight(weight, groups)
     )
 
 
