@@ -448,7 +448,9 @@ def test_random_calls(call):
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_one_tensor_in_all_places(impl):
     """Each place has a gradient of its own, and they add up: once."""
-    x = torch.randn(1, 2, 5, 8, requires_grad=True)
+    # Of half the usual size: at 1 the softmax is so peaked that one seed in a thousand rounds away 2e-5 of the second
+    # derivative, in any implementation (3,000 seeds: at most 2.4e-5 there, 3.4e-6 here).
+    x = (torch.randn(1, 2, 5, 8) / 2).requires_grad_()
     mask = torch.randn(5, 5, requires_grad=True)
 
     def derivatives(x, mask, impl):
