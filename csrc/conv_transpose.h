@@ -26,11 +26,13 @@ struct ConvTransposeParams {
 
   ElementType dtype;  // of input, weight and out
   bool is_adjoint;
+  bool is_winograd;  // by fewer multiplications: see conv_transpose_winograd_kernel.cpp
   bool channels_last;
   Activation activation;
   float negative_slope;  // of leaky_relu
 
   static constexpr int64_t kMostLanes = 64;
+  static constexpr int64_t kMostWinogradTaps = 64;
 };
 
 // The kernels of one CPU level. A packed weight depends on the weight alone, and serves inputs of any size.

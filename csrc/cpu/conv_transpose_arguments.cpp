@@ -15,6 +15,7 @@ namespace gpt4fast::cpu {
 
 GPT4FAST_KERNEL_OF_LEVELS(ConvTransposeKernel, conv_transpose_kernel)
 GPT4FAST_KERNEL_OF_LEVELS(ConvTransposeKernel, conv_transpose_few_kernel)
+GPT4FAST_KERNEL_OF_LEVELS(ConvTransposeKernel, conv_transpose_winograd_kernel)
 
 namespace {
 
@@ -66,6 +67,13 @@ int64_t sample(const Tensor& weight, const ConvTransposeParams& p) {
   return static_cast<int64_t>(hash);
 }
 
+// Sizes of 1, or twice a stride.
+bool has_winograd_kernel(const ConvTransposeParams& p) {
+  const int64_t taps = p.kernel[0] * p.kernel[1] * p.kernel[2];
+  return 1 < taps && taps <= ConvTransposeParams::kMostWinogradTaps &&
+         std::all_of(p.kernel, p.kernel + 3, [](int64_t size) { return size == 1 || size % 2 == 0; });
+}
+
 }  // namespace
 
 void copy_strides(const Tensor& tensor, int64_t (&strides)[5]) {
@@ -87,6 +95,9 @@ std::vector<int64_t> sizes_of(const Tensor& tensor) {
 }
 
 const ConvTransposeKernel& kernel_for(const ConvTransposeParams& p) {
+  if (p.is_winograd) {
+    return active_conv_transpose_winograd_kernel();
+  }
   return !p.is_adjoint && p.out_channels / p.groups <= kFewOutputs ? active_conv_transpose_few_kernel()
                                                                    : active_conv_transpose_kernel();
 }
@@ -118,7 +129,7 @@ bool is_packed_from(const Tensor& packed, const Tensor& weight, const ConvTransp
   return signature == Signature{static_cast<int64_t>(cpu_level()), sample(weight, p)};
 }
 
-void set_weight(const Tensor& weight, int64_t groups, ConvTransposeParams& p) {
+void set_weight(const Tensor& weight, int64_t groups, bool winograd, ConvTransposeParams& p) {
   CHECK_CPU(weight);
   STD_TORCH_CHECK(3 <= weight.dim() && weight.dim() <= 5,
                   "expected weight to have 3 to 5 dimensions, but its shape is ", shape_of(weight));
@@ -142,12 +153,15 @@ void set_weight(const Tensor& weight, int64_t groups, ConvTransposeParams& p) {
                   shape_of(weight));
   copy_strides(weight, p.weight_strides);
   p.weight = weight.const_data_ptr();
+  p.is_winograd = winograd;
+  STD_TORCH_CHECK(!winograd || has_winograd_kernel(p),
+                  "expected winograd to be False for a kernel of this shape: ", shape_of(weight));
   p.dtype = element_type_of(weight, "weight");
   STD_TORCH_CHECK(p.dtype != ElementType::int8, "expected weight to be float32, bfloat16 or float16, but it is int8");
 }
 
 std::vector<int64_t> set_input(const Tensor& input, const Tensor& weight, int64_t groups,
-                               const ConvTransposeGeometry& geometry, ConvTransposeParams& p) {
+                               const ConvTransposeGeometry& geometry, bool winograd, ConvTransposeParams& p) {
   CHECK_CPU(input);
   STD_TORCH_CHECK(3 <= input.dim() && input.dim() <= 5, "expected input to have 3 to 5 dimensions, but its shape is ",
                   shape_of(input));
@@ -155,7 +169,7 @@ std::vector<int64_t> set_input(const Tensor& input, const Tensor& weight, int64_
   CHECK_DIM(weight, input.dim());
   CHECK_DTYPE(weight, input.scalar_type());
   CHECK_SIZE(weight, 0, input.size(1));
-  set_weight(weight, groups, p);
+  set_weight(weight, groups, winograd, p);
   const int64_t dims = input.dim() - 2;
 
   for (auto* sizes : {&p.in_size, &p.out_size, &p.stride, &p.dilation}) {
@@ -180,6 +194,10 @@ std::vector<int64_t> set_input(const Tensor& input, const Tensor& weight, int64_
     STD_TORCH_CHECK(p.out_size[axis] >= 1, "expected padding to leave at least one output, but it is ",
                     geometry.padding[i], " and the size of the output would be ", p.out_size[axis]);
     out_shape.push_back(p.out_size[axis]);
+    STD_TORCH_CHECK(!winograd || (p.kernel[axis] == 1 ? p.stride[axis] == 1
+                                                      : p.kernel[axis] == 2 * p.stride[axis] && p.dilation[axis] == 1),
+                    "expected winograd to be False for a kernel of ", p.kernel[axis], " with stride ", p.stride[axis],
+                    " and dilation ", p.dilation[axis]);
   }
   // A tensor without channels has no elements, however large these.
   STD_TORCH_CHECK(double(p.in_size[0]) * double(p.in_size[1]) * double(p.in_size[2]) < double(kMostElements),

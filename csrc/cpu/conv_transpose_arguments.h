@@ -20,14 +20,14 @@ struct ConvTransposeGeometry {
 };
 
 // Those of the weight alone. Throws std::runtime_error, like what follows, where an argument would make a kernel leave
-// its memory.
-void set_weight(const torch::stable::Tensor& weight, int64_t groups, ConvTransposeParams& p);
+// its memory. winograd asks for conv_transpose_winograd_kernel.cpp, which serves kernels of twice the stride.
+void set_weight(const torch::stable::Tensor& weight, int64_t groups, bool winograd, ConvTransposeParams& p);
 
 // All but the output. Returns its shape.
 std::vector<int64_t> set_input(const torch::stable::Tensor& input, const torch::stable::Tensor& weight, int64_t groups,
-                               const ConvTransposeGeometry& geometry, ConvTransposeParams& p);
+                               const ConvTransposeGeometry& geometry, bool winograd, ConvTransposeParams& p);
 
-// The kernel is chosen by the weight alone, so that a packed one serves all inputs.
+// The kernel is chosen by the weight and is_winograd alone, so that a packed one serves inputs of any size.
 const ConvTransposeKernel& kernel_for(const ConvTransposeParams& p);
 
 // The weight in the kernel's order, and behind it what it was made from.

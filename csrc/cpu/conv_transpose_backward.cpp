@@ -77,7 +77,8 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_out, const Tensor& input,
                                     const std::vector<int64_t>& dilation, bool channels_last, bool needs_input_grad,
                                     bool needs_weight_grad) {
   ConvTransposeParams p{};
-  const std::vector<int64_t> shape = set_input(input, weight, groups, {stride, padding, output_padding, dilation}, p);
+  const std::vector<int64_t> shape =
+      set_input(input, weight, groups, {stride, padding, output_padding, dilation}, false, p);
   CHECK_CPU(grad_out);
   CHECK_DIM(grad_out, input.dim());
   CHECK_DTYPE(grad_out, input.scalar_type());

@@ -98,13 +98,13 @@ inline bool has_one_tap(const ConvTransposeParams& p) {
 // Blocks of nearly equal size that cover the outputs.
 class Blocks {
  public:
-  // Of at most `most_outputs`, whole lines and planes where possible; whole multiples of the stride, so that each tap
-  // reaches equally many outputs of each.
-  Blocks(const ConvTransposeParams& p, int64_t most_outputs) : p_(&p) {
+  // Of about `most_outputs`, whole lines and planes where possible; whole multiples of `strides` strides, so that each
+  // tap reaches equally many outputs of each.
+  Blocks(const ConvTransposeParams& p, int64_t most_outputs, int64_t strides = 1) : p_(&p) {
     for (int axis = 3; axis >= 0; --axis) {
-      const int64_t size = size_of(p, axis), stride = axis == 0 || p.is_adjoint ? 1 : p.stride[axis - 1];
+      const int64_t size = size_of(p, axis), unit = axis == 0 || p.is_adjoint ? 1 : strides * p.stride[axis - 1];
       const int64_t wanted = divide_up(size, most<int64_t>(most_outputs, 1));
-      step_[axis] = least(round_up(divide_up(size, wanted), stride), size);
+      step_[axis] = least(round_up(divide_up(size, wanted), unit), size);
       parts_[axis] = divide_up(size, step_[axis]);
       most_outputs /= step_[axis];
     }

@@ -52,9 +52,12 @@ void set_affine(const std::optional<Tensor>& bias, const std::optional<Tensor>& 
   p.offset = offsets;
 }
 
-Tensor pack(const Tensor& weight, int64_t groups) {
+Tensor pack(const Tensor& weight, int64_t groups, bool winograd) {
   ConvTransposeParams p{};
-  set_weight(weight, groups, p);
+  set_weight(weight, groups, winograd, p);
+  for (int axis = 0; axis < 3 && winograd; ++axis) {
+    p.stride[axis] = (p.kernel[axis] + 1) / 2;
+  }
   return pack_weight(weight, p);
 }
 
@@ -62,13 +65,13 @@ Tensor forward(const Tensor& input, const Tensor& weight, const std::optional<Te
                const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
                const std::vector<int64_t>& output_padding, int64_t groups, const std::vector<int64_t>& dilation,
                const std::optional<Tensor>& scale, const std::optional<Tensor>& shift, StringHandle activation,
-               double negative_slope, bool channels_last, const std::optional<Tensor>& packed) {
+               double negative_slope, bool channels_last, const std::optional<Tensor>& packed, bool winograd) {
   ConvTransposeParams p{};
   p.activation = parse_activation(take_string(activation));  // first: a failed check must not lose the string
   p.negative_slope = static_cast<float>(negative_slope);
   p.channels_last = channels_last;
-  const Tensor out = empty_images(set_input(input, weight, groups, {stride, padding, output_padding, dilation}, p),
-                                  input, channels_last);
+  const Tensor out = empty_images(
+      set_input(input, weight, groups, {stride, padding, output_padding, dilation}, winograd, p), input, channels_last);
   const Tensor affine =
       torch::stable::new_empty(input, {2, p.out_channels + ConvTransposeParams::kMostLanes}, ScalarType::Float);
   set_affine(bias, scale, shift, affine.mutable_data_ptr<float>(), p);

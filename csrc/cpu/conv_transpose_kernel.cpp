@@ -9,8 +9,9 @@
 #include <utility>
 
 #include "conv_transpose_blocks.h"
+#include "conv_transpose_inputs.h"
+#include "conv_transpose_weight.h"
 #include "conv_transpose_write.h"
-#include "pack_row.h"
 #include "placed_product.h"
 #include "scratch.h"
 #include "with_element_type.h"
@@ -22,78 +23,41 @@ constexpr int64_t kMostOutputs = 512;           // of a block, whose sums then t
 constexpr int64_t kMostInputBytes = 384 << 10;  // of a block's inputs, in L2 too
 constexpr int64_t kSteps = 128;                 // of a product whose right operand stays in L1: 32 KiB
 
-// The weight as the products read it: (groups, blocks, taps, depth / kDepth, width, kDepth), zeros where it is padded.
 template <typename T>
-struct WeightLayout {
-  int64_t group_inputs, group_outputs, taps;
-  int64_t depth;   // input channels of a group
-  int64_t blocks;  // of output channels of a group
-  int64_t width;   // output channels of a block
-
-  explicit WeightLayout(const ConvTransposeParams& p)
-      : group_inputs(p.in_channels / p.groups),
-        group_outputs(p.out_channels / p.groups),
-        taps(p.kernel[0] * p.kernel[1] * p.kernel[2]),
-        depth(padded_depth<T>(group_inputs)) {
-    // As many equal parts as the registers demand.
-    const int64_t vectors = divide_up(group_outputs, kLanes);
-    width = divide_up(vectors, divide_up(vectors, kTileVectors)) * kLanes;
-    blocks = divide_up(group_outputs, width);
-  }
-
-  int64_t block_size() const { return taps * depth * width; }
-  int64_t channels(int64_t block) const { return least(width, group_outputs - block * width); }
-};
+WeightLayout<T> layout_of(const ConvTransposeParams& p) {
+  return WeightLayout<T>(p, taps_of(p));
+}
 
 template <typename scalar_t>
 void pack_block(const ConvTransposeParams& p, const WeightLayout<Compute<scalar_t>>& layout, int64_t group,
                 int64_t block, Compute<scalar_t>* target) {
   using T = Compute<scalar_t>;
-  const int64_t (&strides)[5] = p.weight_strides;
-  const int64_t channels = layout.channels(block);
-  const bool taps_adjacent = strides[4] == 1 && strides[3] == p.kernel[2] && strides[2] == p.kernel[1] * p.kernel[2];
-  const int64_t group_step = p.is_adjoint ? layout.group_outputs * strides[1] : layout.group_inputs * strides[0];
-  const auto* source = static_cast<const scalar_t*>(p.weight) + group * group_step + block * layout.width * strides[1];
-  for (int64_t c = 0; c < layout.depth; c += kDepth<T>) {
-    for (int64_t lane = 0; lane < layout.width; lane += kLanes) {
-      const int64_t lanes = most<int64_t>(least(kLanes, channels - lane), 0);
-      for (int64_t tap = 0; tap < layout.taps; tap += kLanes) {
-        const int64_t taps = least(kLanes, layout.taps - tap);
-        Vector rows[kDepth<T>][kLanes] = {};  // for kDepth channels: for each tap a vector of output channels
-        for (int64_t i = 0; i < kDepth<T> && c + i < layout.group_inputs; ++i) {
-          const scalar_t* from = source + (c + i) * strides[0] + lane * strides[1];
-          if (taps_adjacent && layout.taps > 1) {
-            for (int64_t j = 0; j < lanes; ++j) {
-              rows[i][j] = load_part(from + j * strides[1] + tap, taps);
-            }
-            transpose(rows[i]);
-          } else {
-            for (int64_t j = 0; j < taps; ++j) {
-              rows[i][j] = read_vector(from + tap_offset(p, tap + j), strides[1], lanes);
+  for_each_weight_vector<scalar_t>(
+      p, layout, group, block, [&](int64_t c, int64_t lane, const scalar_t* from, int64_t lanes) {
+        for (int64_t tap = 0; tap < layout.matrices; tap += kLanes) {
+          const int64_t taps = least(kLanes, layout.matrices - tap);
+          Vector rows[kDepth<T>][kLanes] = {};
+          for (int64_t i = 0; i < kDepth<T> && c + i < layout.group_inputs; ++i) {
+            read_taps(p, from + i * p.weight_strides[0], tap, taps, lanes, rows[i]);
+          }
+          for (int64_t j = 0; j < taps; ++j) {
+            T* to = target + ((tap + j) * layout.depth + c) * layout.width + lane * kDepth<T>;
+            if constexpr (kDepth<T> == 1) {
+              store(to, rows[0][j]);
+            } else {
+              store_interleaved(to, rows[0][j], rows[1][j]);
             }
           }
         }
-        for (int64_t j = 0; j < taps; ++j) {
-          T* to = target + ((tap + j) * layout.depth + c) * layout.width + lane * kDepth<T>;
-          if constexpr (kDepth<T> == 1) {
-            store(to, rows[0][j]);
-          } else {
-            store_interleaved(to, rows[0][j], rows[1][j]);
-          }
-        }
-      }
-    }
-  }
+      });
 }
 
 template <typename scalar_t>
 void pack(const ConvTransposeParams& p, void* packed, int64_t thread, int64_t threads) {
-  const WeightLayout<Compute<scalar_t>> layout(p);
-  const int64_t blocks = p.groups * layout.blocks;
-  auto* target = static_cast<Compute<scalar_t>*>(packed);
-  for (int64_t i = blocks * thread / threads; i < blocks * (thread + 1) / threads; ++i) {
-    pack_block<scalar_t>(p, layout, i / layout.blocks, i % layout.blocks, target + i * layout.block_size());
-  }
+  const auto layout = layout_of<Compute<scalar_t>>(p);
+  pack_share(p, layout, packed, thread, threads, [&](int64_t group, int64_t block, auto* target) {
+    pack_block<scalar_t>(p, layout, group, block, target);
+  });
 }
 
 // How a call is cut, and what a thread needs for it.
@@ -111,7 +75,7 @@ struct Plan : Scratch {
 
   Plan(const ConvTransposeParams& p, int64_t threads, void* memory)
       : Scratch(memory),
-        layout(p),
+        layout(layout_of<T>(p)),
         in_place(std::is_same_v<T, scalar_t> && p.input_strides[1] == 1 && layout.depth == layout.group_inputs),
         blocks(p, kMostOutputs) {
     const int64_t pixel = p.groups * layout.depth * static_cast<int64_t>(sizeof(T));
@@ -175,35 +139,12 @@ class Kernel {
     const auto* input = static_cast<const scalar_t*>(p.input);
     for_each_run(inputs_, p.in_size, p.input_strides, [&](int64_t offset, int64_t pixel, int64_t count) {
       for (int64_t group = 0; group < p.groups; ++group) {
-        copy_line(input + offset + group * plan.layout.group_inputs * p.input_strides[1], count,
-                  plan.inputs + pixel * strides_[3] + group * plan.layout.depth);
+        T* target = plan.inputs + pixel * strides_[3] + group * plan.layout.depth;
+        copy_pixels<T>(p, input + offset + group * plan.layout.group_inputs * p.input_strides[1], count,
+                       plan.layout.group_inputs, plan.layout.depth,
+                       [&](int64_t i) { return target + i * strides_[3]; });
       }
     });
-  }
-
-  // One group's channels of pixels that lie at one distance.
-  void copy_line(const scalar_t* source, int64_t pixels, T* target) {
-    const int64_t channels = plan.layout.group_inputs, depth = plan.layout.depth, pixel = strides_[3];
-    if (p.input_strides[4] != 1 || p.input_strides[1] == 1) {
-      for (int64_t i = 0; i < pixels; ++i) {
-        pack_row(source + i * p.input_strides[4], p.input_strides[1], channels, depth, target + i * pixel);
-      }
-      return;
-    }
-    for (int64_t i = 0; i < pixels; i += kLanes) {
-      const int64_t count = least(kLanes, pixels - i);
-      for (int64_t c = 0; c < depth; c += kLanes) {
-        Vector square[kLanes];
-        for (int64_t j = 0; j < kLanes; ++j) {
-          const scalar_t* from = source + (c + j) * p.input_strides[1] + i;
-          square[j] = c + j >= channels ? Vector{} : load_part(from, count);
-        }
-        transpose(square);
-        for (int64_t j = 0; j < count; ++j) {
-          store_part(target + (i + j) * pixel + c, square[j], depth - c);
-        }
-      }
-    }
   }
 
   void compute(int64_t group, int64_t block) {
@@ -266,7 +207,7 @@ class Kernel {
 int64_t packed_bytes(const ConvTransposeParams& p) {
   return with_element_type(p.dtype, [&](auto type) {
     using T = Compute<decltype(type)>;
-    const WeightLayout<T> layout(p);
+    const auto layout = layout_of<T>(p);
     return p.groups * layout.blocks * layout.block_size() * static_cast<int64_t>(sizeof(T));
   });
 }

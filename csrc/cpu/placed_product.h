@@ -1,7 +1,7 @@
 #pragma once
 
-// The product of tile_product.h for rows that lie anywhere: row i of C gains row i of A @ B. A convolution is made of
-// it, whose rows are pixels. Separate, since code that addresses six rows by one stride is 3% faster for attention.
+// The product of tile_product.h for rows that lie anywhere: rows of C gain those of A @ B. A convolution is made of it,
+// whose rows are pixels. Separate, since code that addresses six rows by one stride is 3% faster for attention.
 
 #include <cstdint>
 
@@ -14,9 +14,29 @@ struct RowPlace {
   int64_t left, sums;
 };
 
-template <int kRows, int kVectors, typename T>
+// Which rows of C gain row i of A @ B: that at places[i].sums alone, ...
+struct OneTarget {
+  template <typename Use>
+  [[gnu::always_inline]] void each(Use use) const {
+    use(int64_t{0});
+  }
+};
+
+// ... or those at so many distances from it.
+struct Targets {
+  int64_t count, distances[8];
+
+  template <typename Use>
+  [[gnu::always_inline]] void each(Use use) const {
+    for (int64_t i = 0; i < count; ++i) {
+      use(distances[i]);
+    }
+  }
+};
+
+template <int kRows, int kVectors, typename T, typename To>
 [[gnu::always_inline]] inline void add_placed_tile(const T* a, const RowPlace* places, const T* b, int64_t steps,
-                                                   float* c) {
+                                                   float* c, const To& targets) {
   constexpr int64_t kDepth = Product<T>::kDepth;
   const T* left[kRows];
   Vector sums[kRows][kVectors];
@@ -45,29 +65,32 @@ template <int kRows, int kVectors, typename T>
   }
 #pragma GCC unroll 8
   for (int row = 0; row < kRows; ++row) {
-    float* to = c + places[row].sums;
+    targets.each([&](int64_t distance) {
+      float* to = c + places[row].sums + distance;
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) {
-      store(to + v * kLanes, load(to + v * kLanes) + sums[row][v]);
-    }
+      for (int v = 0; v < kVectors; ++v) {
+        store(to + v * kLanes, load(to + v * kLanes) + sums[row][v]);
+      }
+    });
   }
 }
 
-template <int kVectors, typename T>
-void add_placed_rows(int64_t count, const T* a, const RowPlace* places, const T* b, int64_t steps, float* c) {
+template <int kVectors, typename T, typename To>
+void add_placed_rows(int64_t count, const T* a, const RowPlace* places, const T* b, int64_t steps, float* c,
+                     const To& targets) {
   for (; count >= kTileRows; count -= kTileRows, places += kTileRows) {
-    add_placed_tile<kTileRows, kVectors>(a, places, b, steps, c);
+    add_placed_tile<kTileRows, kVectors>(a, places, b, steps, c, targets);
   }
   switch (count) {
-    case 1: return add_placed_tile<1, kVectors>(a, places, b, steps, c);
-    case 2: return add_placed_tile<2, kVectors>(a, places, b, steps, c);
-    case 3: return add_placed_tile<3, kVectors>(a, places, b, steps, c);
+    case 1: return add_placed_tile<1, kVectors>(a, places, b, steps, c, targets);
+    case 2: return add_placed_tile<2, kVectors>(a, places, b, steps, c, targets);
+    case 3: return add_placed_tile<3, kVectors>(a, places, b, steps, c, targets);
     default:
       if constexpr (kTileRows == 6) {
         if (count == 4) {
-          add_placed_tile<4, kVectors>(a, places, b, steps, c);
+          add_placed_tile<4, kVectors>(a, places, b, steps, c, targets);
         } else if (count == 5) {
-          add_placed_tile<5, kVectors>(a, places, b, steps, c);
+          add_placed_tile<5, kVectors>(a, places, b, steps, c, targets);
         }
       }
   }
@@ -75,18 +98,18 @@ void add_placed_rows(int64_t count, const T* a, const RowPlace* places, const T*
 
 // C's placed rows += A's placed rows @ B (steps, vectors * kLanes, kDepth). vectors is at most kTileVectors. The
 // product is summed by itself and then added: rounding errors grow with steps instead of all that is added up.
-template <typename T>
+template <typename T, typename To = OneTarget>
 void add_product(int64_t vectors, int64_t count, const T* a, const RowPlace* places, const T* b, int64_t steps,
-                 float* c) {
+                 float* c, const To& targets = {}) {
   switch (vectors) {
-    case 1: return add_placed_rows<1>(count, a, places, b, steps, c);
-    case 2: return add_placed_rows<2>(count, a, places, b, steps, c);
+    case 1: return add_placed_rows<1>(count, a, places, b, steps, c, targets);
+    case 2: return add_placed_rows<2>(count, a, places, b, steps, c, targets);
     default:
       if constexpr (kTileVectors == 4) {
         if (vectors == 3) {
-          add_placed_rows<3>(count, a, places, b, steps, c);
+          add_placed_rows<3>(count, a, places, b, steps, c, targets);
         } else {
-          add_placed_rows<4>(count, a, places, b, steps, c);
+          add_placed_rows<4>(count, a, places, b, steps, c, targets);
         }
       }
   }

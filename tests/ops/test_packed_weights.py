@@ -17,11 +17,12 @@ from gpt4fast.backends.compiled import packed_weights
 
 pytestmark = pytest.mark.usefixtures("needs_native")
 
-# For each kernel: many outputs, few, depthwise.
+# For each kernel: many outputs, few, depthwise, Winograd's.
 LAYERS = {
     "many": lambda: gpt4fast.nn.ConvTranspose2d(8, 24, 4, stride=2, padding=1),
     "few": lambda: gpt4fast.nn.ConvTranspose2d(8, 3, 4, stride=2, padding=1),
     "depthwise": lambda: gpt4fast.nn.ConvTranspose2d(8, 8, 4, stride=2, padding=1, groups=8),
+    "winograd": lambda: gpt4fast.nn.ConvTranspose2d(32, 24, 4, stride=2, padding=1),
 }
 
 
@@ -30,10 +31,14 @@ def layer(request):
     return LAYERS[request.param]()
 
 
+def make_input(layer: nn.Module) -> torch.Tensor:
+    return torch.randn(2, layer.in_channels, 12, 9)
+
+
 def check(layer: nn.Module) -> None:
     """The module's output is that of its present weight, also a second time."""
     dtype = layer.weight.dtype
-    x = torch.randn(2, 8, 6, 5, dtype=dtype)
+    x = make_input(layer).to(dtype)
     with torch.no_grad():
         expected = nn.functional.conv_transpose2d(
             x.double(), layer.weight.detach().clone().double(), layer.bias.double(), 2, 1, 0, layer.groups
@@ -43,15 +48,27 @@ def check(layer: nn.Module) -> None:
             torch.testing.assert_close(layer(x).double(), expected, rtol=rtol, atol=atol)
 
 
-def packed(layer: nn.Module):
-    return packed_weights._PACKED.get(layer.weight)
+def packed(layer: nn.Module) -> list[torch.Tensor]:
+    return [kept for _, kept in packed_weights._PACKED.get(layer.weight, {}).values()]
 
 
 def test_kept_between_calls(layer):
     check(layer)
-    kept = packed(layer)[1]
+    (kept,) = packed(layer)
     check(layer)
-    assert packed(layer)[1] is kept
+    (again,) = packed(layer)
+    assert again is kept
+
+
+def test_winograds_form_and_the_plain_one_side_by_side():
+    layer = LAYERS["winograd"]()
+    with torch.no_grad():
+        layer(torch.randn(1, 32, 3, 3))
+        check(layer)
+    plain, winograd = packed(layer)
+    assert winograd.numel() > 2 * plain.numel()
+    check(layer)
+    assert packed(layer)[1] is winograd
 
 
 def test_in_place_updates(layer):
@@ -109,7 +126,7 @@ def test_training_steps(layer):
         for _ in range(3):
             check(layer)
             before = layer.weight.detach().clone()
-            layer(torch.randn(2, 8, 6, 5)).square().mean().backward()
+            layer(make_input(layer)).square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
             assert not torch.equal(before, layer.weight)
@@ -117,14 +134,14 @@ def test_training_steps(layer):
 
 
 def test_a_call_that_wants_the_weights_gradient_keeps_nothing(layer):
-    layer(torch.randn(2, 8, 6, 5)).sum().backward()
-    assert packed(layer) is None
+    layer(make_input(layer)).sum().backward()
+    assert packed(layer) == []
 
 
 def test_compiled(layer):
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     for _ in range(2):
-        x = torch.randn(2, 8, 6, 5)
+        x = make_input(layer)
         with torch.no_grad():
             torch.testing.assert_close(compiled(x), layer(x))
             layer.weight.mul_(2)
@@ -145,7 +162,7 @@ def test_cpu_levels(layer):
 def test_it_goes_with_its_parameter(name):
     layer = LAYERS[name]()
     check(layer)
-    kept = weakref.ref(packed(layer)[1])
+    kept = weakref.ref(packed(layer)[0])
     del layer
     gc.collect()
     assert kept() is None

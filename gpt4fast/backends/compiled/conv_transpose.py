@@ -10,7 +10,7 @@ from .. import native
 from ..aten.conv_transpose import FUNCTIONS
 from ..autograd import needs_grad
 from ..reference.conv_transpose import ACTIVATIONS, epilogue, memory_format, output_sizes
-from .packed_weights import packed_weight
+from .packed_weights import is_kept, packed_weight
 
 
 def conv_transpose(
@@ -40,9 +40,35 @@ def conv_transpose(
     return _run(input, weight, bias, *geometry, scale, shift, activation or "none", negative_slope, channels_last)
 
 
-def _run(input: Tensor, weight: Tensor, bias: Tensor | None, stride, padding, output_padding, groups, *rest) -> Tensor:
+def _run(
+    input: Tensor, weight: Tensor, bias: Tensor | None, stride, padding, output_padding, groups, dilation, *rest
+) -> Tensor:
+    kept = is_kept(weight)
+    winograd = _winograd_wins(input, weight, stride, groups, dilation, kept)
+    packed = packed_weight(weight, groups, winograd) if kept else None
     return torch.ops.gpt4fast.conv_transpose_forward(
-        input, weight, bias, stride, padding, output_padding, groups, *rest, packed_weight(weight, groups)
+        input, weight, bias, stride, padding, output_padding, groups, dilation, *rest, packed, winograd
+    )
+
+
+def _winograd_wins(input: Tensor, weight: Tensor, stride, groups: int, dilation, kept: bool) -> bool:
+    """Whether Winograd's algorithm is faster than the products themselves: 1.1 to 1.2 times in one dimension, 1.1 to
+    1.5 in two and three (benchmarks/LOG.md).
+
+    Its weights take long to bring into order, and twice to thrice the memory to read: there must be enough pixels for
+    them. In bfloat16 the sums and differences would be too coarse.
+    """
+    dims = len(stride)
+    channels = input.shape[1]
+    tiles = input.numel() // max(1, channels) >> dims
+    if tiles < (32 if kept else 256) or input.dtype == torch.bfloat16:
+        return False
+    sizes = weight.shape
+    return (
+        channels >= 32 * groups
+        and sizes[1] >= 16
+        and all(k == 2 * s and d == 1 for k, s, d in zip(sizes[2:], stride, dilation, strict=True))
+        and sizes[2:].numel() <= 64
     )
 
 
@@ -81,6 +107,7 @@ def _fake_conv_transpose(
     slope,
     channels_last,
     packed=None,
+    winograd=False,
 ):
     sizes = output_sizes(input.shape[2:], weight.shape[2:], stride, padding, output_padding, dilation)
     output = input.new_empty(input.shape[0], weight.shape[1] * groups, *sizes)
@@ -140,7 +167,7 @@ def _affine_backward(grad, output, bias, scale, shift, activation, negative_slop
 
 
 def _setup_conv_transpose(ctx, inputs, output):
-    input, weight, bias, *geometry, scale, shift, activation, slope, _, _ = inputs
+    input, weight, bias, *geometry, scale, shift, activation, slope, _, _, _ = inputs
     ctx.save_for_backward(input, weight, bias, scale, shift)
     ctx.settings = geometry, activation, slope
 
@@ -157,7 +184,7 @@ def _backward_conv_transpose(ctx, grad):
         grad, grad_bias, grad_scale, grad_shift = _affine_backward(grad, output, bias, scale, shift, activation, slope)
     geometry = stride, padding, output_padding, groups, dilation
     grad_input, grad_weight = _gradients(grad, input, weight, geometry, ctx.needs_input_grad[:2])
-    return grad_input, grad_weight, grad_bias, *(None,) * 5, grad_scale, grad_shift, *(None,) * 4
+    return grad_input, grad_weight, grad_bias, *(None,) * 5, grad_scale, grad_shift, *(None,) * 5
 
 
 def _gradients(grad: Tensor, input: Tensor, weight: Tensor, geometry, needed) -> list[Tensor | None]:
