@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import gpt4fast
 
+from ..nn import functional
 from ..nn.batch_norm import normalize
 from . import shapes
 from .harness import Candidate
@@ -186,11 +187,13 @@ class _Operands:
         parameters = [{name: changed(t) for name, t in p.items()} for p in self.parameters]
         return _Operands(changed(self.x), changed(self.y), parameters, [changed(w) for w in self.judge])
 
-    def runner(self, cell: ConvTransposeCell, network: shapes.Network) -> Callable[[], Tensor | tuple[Tensor, ...]]:
+    def runner(
+        self, cell: ConvTransposeCell, network: shapes.Network, convolve=F.conv2d
+    ) -> Callable[[], Tensor | tuple[Tensor, ...]]:
         if cell.mode == "training":
             return lambda: shapes.train(network, self.x, self.y, self.parameters)
         if cell.mode == "step":
-            return lambda: shapes.gan_step(network, self.x, self.y, self.parameters, self.judge)
+            return lambda: shapes.gan_step(network, self.x, self.y, self.parameters, self.judge, convolve)
         return lambda: network(self.x, self.parameters)
 
 
@@ -222,7 +225,8 @@ def _conv_transpose(
                     folded = [_fold(layer, p) for layer, p in zip(cell.layers, tensors.parameters, strict=True)]
                     tensors = replace(tensors, parameters=folded)
                 ran = _implementations(cell, tensors.x, tensors.parameters, impl)
-            run, check = tensors.runner(cell, network), None
+            convolve = functional.conv2d if name.startswith(SUBJECT) else F.conv2d
+            run, check = tensors.runner(cell, network, convolve), None
             if cell.mode == "lengths":
                 share = slice(len(candidates), None, len(networks) * len(layouts))
                 run, check = _changing_lengths(cell, tensors, network, layout, share), run

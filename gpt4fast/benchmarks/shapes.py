@@ -333,13 +333,16 @@ def discriminator(cell: ConvTransposeCell, dtype: torch.dtype, device: str = "cp
 
 
 def gan_step(
-    network: Network, z: Tensor, real: Tensor, parameters: list[dict], judge: list[Tensor]
+    network: Network, z: Tensor, real: Tensor, parameters: list[dict], judge: list[Tensor], convolve=F.conv2d
 ) -> tuple[Tensor, ...]:
-    """Gradients of the discriminator's loss in its weights, then of the generator's loss in its parameters."""
+    """Gradients of the discriminator's loss in its weights, then of the generator's loss in its parameters.
+
+    ``convolve`` is what the discriminator's layers call.
+    """
 
     def logits(images: Tensor) -> Tensor:
         for i, weight in enumerate(judge):
-            images = F.conv2d(images, weight, None, *((2, 1) if i < len(judge) - 1 else (1, 0)))
+            images = convolve(images, weight, None, *((2, 1) if i < len(judge) - 1 else (1, 0)))
             if i < len(judge) - 1:
                 images = F.leaky_relu(images, 0.2)
         return images.flatten()

@@ -15,8 +15,9 @@ class fast_ops(TorchFunctionMode):
     """Within ``with fast_ops():`` code that calls torch's attention or transposed convolution runs on gpt4fast.
 
     Rerouted are ``torch.nn.functional.scaled_dot_product_attention``, ``conv_transpose1d``, ``conv_transpose2d`` and
-    ``conv_transpose3d`` (also as ``torch.conv_transpose2d`` and from modules), and the attention inside
-    ``multi_head_attention_forward`` (``torch.nn.MultiheadAttention``) where weights are not asked for. Values, memory
+    ``conv_transpose3d`` (also as ``torch.conv_transpose2d`` and from modules), the attention inside
+    ``multi_head_attention_forward`` (``torch.nn.MultiheadAttention``) where weights are not asked for, and the
+    gradients of ``conv1d``, ``conv2d`` and ``conv3d`` with a stride, which are transposed convolutions. Values, memory
     layout, dtype, errors and derivatives are torch's; what gpt4fast does not serve runs on torch
     (see ``gpt4fast.nn.functional``).
 
@@ -42,6 +43,9 @@ class fast_ops(TorchFunctionMode):
 
 ROUTED = {
     F.scaled_dot_product_attention: functional.scaled_dot_product_attention,
+    F.conv1d: functional.conv1d,
+    F.conv2d: functional.conv2d,
+    F.conv3d: functional.conv3d,
     F.conv_transpose1d: functional.conv_transpose1d,
     F.conv_transpose2d: functional.conv_transpose2d,
     F.conv_transpose3d: functional.conv_transpose3d,

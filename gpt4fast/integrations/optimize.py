@@ -35,6 +35,7 @@ def optimize(model: nn.Module, *, training: bool = False, example_inputs: object
     - In an ``nn.Sequential``, a transposed convolution and the batch norm and activation after it run in one pass.
     - Other transposed convolutions and ``nn.MultiheadAttention`` (where weights are not asked for) run on gpt4fast.
     - Modules whose ``forward`` calls ``scaled_dot_product_attention`` or ``conv_transpose*`` run under ``fast_ops()``.
+    - For training, convolutions with a stride have their gradients from the kernels of transposed convolution.
 
     Modules with hooks or parametrizations, and ones used in several places, are not merged with their neighbours;
     subclasses with code of their own stay as they are. ``gpt4fast.explain`` tells which part runs on what, and why.
@@ -63,7 +64,7 @@ def optimize(model: nn.Module, *, training: bool = False, example_inputs: object
     for sequential in {run.sequential for run in all_runs(fast)}:
         sequential.__class__ = subclass(MergedSequential, type(sequential))
     for module in fast.modules():
-        _swap(module)
+        _swap(module, training)
     if example_inputs is not None:
         for module in hidden_callers(fast, example_inputs):
             module.__class__ = subclass(FastForward, type(module))
@@ -87,7 +88,7 @@ def _kept(model: nn.Module, parameters: bool) -> dict[int, object]:
     return {id(value): value for value in kept}
 
 
-def _swap(module: nn.Module) -> None:
+def _swap(module: nn.Module, training: bool) -> None:
     """Give one module its faster class, in place."""
     if swap_refusal(module) is not None:
         return
@@ -95,8 +96,13 @@ def _swap(module: nn.Module) -> None:
         swap_conv(module)
     elif type(module) is nn.MultiheadAttention:
         module.__class__ = fast_nn.MultiheadAttention
-    elif own_code(module) and calls_routed(type(module)):
+    elif (own_code(module) and calls_routed(type(module))) or (training and _is_strided(module)):
         module.__class__ = subclass(FastForward, type(module))
+
+
+def _is_strided(module: nn.Module) -> bool:
+    """Whether it is a convolution whose gradients are transposed convolutions with a stride."""
+    return type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d) and min(module.stride) > 1
 
 
 # Explaining
@@ -176,6 +182,8 @@ def _explain_module(module: nn.Module) -> tuple[str, str] | None:
         return "gpt4fast", module.extra_repr()
     if isinstance(module, fast_nn.MultiheadAttention):
         return "gpt4fast.attention", "torch's formula where weights are asked for"
+    if isinstance(module, FastForward) and isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return "torch", "its gradients on gpt4fast, as transposed convolutions"
     if isinstance(module, FastForward):
         return "fast_ops()", "its forward calls attention or transposed convolution"
     if isinstance(module, (*CONV_TRANSPOSE, nn.MultiheadAttention)):

@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import ops
+from ..backends.compiled import convolution as compiled_convolution
+from ..ops.checks import autocast_dtype, to_tuple, without_autocast
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _functorch_level, _tracing_state = torch._C._functorch.maybe_current_level, torch._C._get_tracing_state
@@ -84,6 +86,39 @@ _CONV_TRANSPOSE = {
     2: (ops.conv_transpose2d, F.conv_transpose2d),
     3: (ops.conv_transpose3d, F.conv_transpose3d),
 }
+
+
+def conv1d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1) -> Tensor:
+    """``torch.nn.functional.conv1d``, with faster gradients where there is a stride: input (N, C, L) or (C, L)."""
+    return _convolution(1, input, weight, bias, stride, padding, dilation, groups)
+
+
+def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1) -> Tensor:
+    """``torch.nn.functional.conv2d``, with faster gradients where there is a stride: (N, C, H, W) or (C, H, W)."""
+    return _convolution(2, input, weight, bias, stride, padding, dilation, groups)
+
+
+def conv3d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1) -> Tensor:
+    """``torch.nn.functional.conv3d``, with faster gradients where there is a stride: batched (N, C, D, H, W) or not."""
+    return _convolution(3, input, weight, bias, stride, padding, dilation, groups)
+
+
+def _convolution(dims: int, input, weight, bias, stride, padding, dilation, groups) -> Tensor:
+    torchs = compiled_convolution.FUNCTIONS[dims]
+    if torch.compiler.is_compiling() or not (
+        _ordinary() and all(t is None or _plain(t) for t in (input, weight, bias))
+    ):
+        return torchs(input, weight, bias, stride, padding, dilation, groups)
+    cast = autocast_dtype(input)
+    tensors = [t if cast is None or t is None else t.to(cast) for t in (input, weight, bias)]
+    try:
+        geometry = [to_tuple("", value, dims, least) for value, least in ((stride, 1), (padding, 0), (dilation, 1))]
+    except (TypeError, ValueError):  # a word, or nonsense
+        return torchs(input, weight, bias, stride, padding, dilation, groups)
+    fits = input.dim() == weight.dim() == dims + 2 and type(groups) is int
+    if fits and compiled_convolution.gradients_win(*tensors, geometry[0], groups):
+        return without_autocast(lambda: compiled_convolution.convolution(*tensors, *geometry, groups), input)
+    return torchs(input, weight, bias, stride, padding, dilation, groups)
 
 
 def _ordinary() -> bool:

@@ -3,6 +3,8 @@ rules and gradients."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -44,14 +46,14 @@ def _run(
     input: Tensor, weight: Tensor, bias: Tensor | None, stride, padding, output_padding, groups, dilation, *rest
 ) -> Tensor:
     kept = is_kept(weight)
-    winograd = _winograd_wins(input, weight, stride, groups, dilation, kept)
+    winograd = winograd_wins(input, weight, stride, groups, dilation, kept)
     packed = packed_weight(weight, groups, winograd) if kept else None
     return torch.ops.gpt4fast.conv_transpose_forward(
         input, weight, bias, stride, padding, output_padding, groups, dilation, *rest, packed, winograd
     )
 
 
-def _winograd_wins(input: Tensor, weight: Tensor, stride, groups: int, dilation, kept: bool) -> bool:
+def winograd_wins(input: Tensor, weight: Tensor, stride, groups: int, dilation, kept: bool) -> bool:
     """Whether Winograd's algorithm is faster than the products themselves: 1.1 to 1.2 times in one dimension, 1.1 to
     1.5 in two and three (benchmarks/LOG.md).
 
@@ -182,32 +184,37 @@ def _backward_conv_transpose(ctx, grad):
         convolve = FUNCTIONS[input.dim() - 2]
         output = convolve(input, weight, None, stride, padding, output_padding, groups, dilation)
         grad, grad_bias, grad_scale, grad_shift = _affine_backward(grad, output, bias, scale, shift, activation, slope)
-    geometry = stride, padding, output_padding, groups, dilation
-    grad_input, grad_weight = _gradients(grad, input, weight, geometry, ctx.needs_input_grad[:2])
+
+    def ours(needs_input: bool, needs_weight: bool) -> tuple[Tensor, Tensor]:
+        channels_last = memory_format(input, weight) != torch.contiguous_format
+        return torch.ops.gpt4fast.conv_transpose_backward(
+            grad, input, weight, stride, padding, output_padding, groups, dilation, channels_last,
+            needs_input, needs_weight,
+        )  # fmt: skip
+
+    def theirs(needs_input: bool, needs_weight: bool) -> list[Tensor | None]:
+        mask = [needs_input, needs_weight, False]
+        return torch.ops.aten.convolution_backward(
+            grad, input, weight, None, stride, padding, dilation, True, output_padding, groups, mask
+        )[:2]
+
+    wins = _native_wins(input, weight, padding, groups, dilation)
+    grad_input, grad_weight = gradients(ours, theirs, wins, ctx.needs_input_grad[:2])
     return grad_input, grad_weight, grad_bias, *(None,) * 5, grad_scale, grad_shift, *(None,) * 5
 
 
-def _gradients(grad: Tensor, input: Tensor, weight: Tensor, geometry, needed) -> list[Tensor | None]:
-    """Gradients of input and weight where they are needed, each from the kernel that is faster for it.
+def gradients(ours, theirs, wins: Sequence[bool], needed: Sequence[bool]) -> list[Tensor | None]:
+    """Gradients of input and weight where they are ``needed``, each from whichever kernel ``wins`` says is faster.
 
-    Torch's alone have derivatives: they are taken with ``create_graph=True``.
+    ``ours`` and ``theirs`` compute those of the two that they are asked for. Torch's alone have derivatives: they are
+    taken with ``create_graph=True``.
     """
-    stride, padding, output_padding, groups, dilation = geometry
-    ours = [False, False] if torch.is_grad_enabled() else _native_wins(input, weight, geometry)
-    native = [mine and wanted for mine, wanted in zip(ours, needed, strict=True)]
-    others = [wanted and not mine for mine, wanted in zip(ours, needed, strict=True)]
+    native = [win and wanted and not torch.is_grad_enabled() for win, wanted in zip(wins, needed, strict=True)]
+    others = [wanted and not mine for mine, wanted in zip(native, needed, strict=True)]
     grads: list[Tensor | None] = [None, None]
-    if any(native):
-        channels_last = memory_format(input, weight) != torch.contiguous_format
-        results = torch.ops.gpt4fast.conv_transpose_backward(
-            grad, input, weight, stride, padding, output_padding, groups, dilation, channels_last, *native
-        )
-        grads = [result if mine else None for mine, result in zip(native, results, strict=True)]
-    if any(others):
-        results = torch.ops.aten.convolution_backward(
-            grad, input, weight, None, stride, padding, dilation, True, output_padding, groups, [*others, False]
-        )
-        grads = [result if theirs else grad for theirs, result, grad in zip(others, results, grads, strict=False)]
+    for compute, mask in ((ours, native), (theirs, others)):
+        if any(mask):
+            grads = [new if mine else old for new, mine, old in zip(compute(*mask), mask, grads, strict=True)]
     return grads
 
 
@@ -220,10 +227,9 @@ def torch_crashes(input: Tensor, weight: Tensor, padding: tuple[int, ...], dilat
     return any(d > 1 for d in dilation) and any(p > d * (k - 1) for k, p, d in sizes)
 
 
-def _native_wins(input: Tensor, weight: Tensor, geometry) -> list[bool]:
+def _native_wins(input: Tensor, weight: Tensor, padding, groups: int, dilation) -> list[bool]:
     """Whether the native gradient of the input, and that of the weight, is faster than torch's (benchmarks/LOG.md)."""
     outputs = weight.shape[1]
-    _, padding, _, groups, dilation = geometry
     if torch_crashes(input, weight, padding, dilation):
         return [True, True]
     if input.dtype == torch.float16:

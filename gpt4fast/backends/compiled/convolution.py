@@ -1,0 +1,108 @@
+"""Convolution with a stride: torch's, with gradients from the kernels of transposed convolution.
+
+The gradient of its input is the transposed convolution of the output's gradient with the same weight, and that of its
+weight is the weight gradient of this transposed convolution, with input and output exchanged (Dumoulin and Visin, "A
+guide to convolution arithmetic for deep learning", 2016, chapter 4). Discriminators are made of such layers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .. import native
+from ..autograd import needs_grad
+from ..reference.conv_transpose import memory_format, output_sizes
+from .conv_transpose import gradients, winograd_wins
+
+FUNCTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+def convolution(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+) -> Tensor:
+    """``torch.nn.functional.conv*d``: input (N, C, *spatial), weight (Cout, C / groups, *kernel)."""
+    return _Convolution.apply(input, weight, bias, stride, padding, dilation, groups)
+
+
+def gradients_win(input: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, ...], groups: int) -> bool:
+    """Whether a gradient is wanted for which a native kernel is faster than torch's."""
+    if native.cpu_library_error() is not None or native.cpu_level() == "scalar":
+        return False
+    if not input.is_cpu or input.dtype == torch.float64 or weight.dtype != input.dtype or groups > 1:
+        return False
+    if min(stride) == 1 or not needs_grad(input, weight, bias):
+        return False
+    # As for conv_transpose in dispatch.py: below, a call costs more than the kernels save.
+    pixels = input.shape[0] * input.shape[2:].numel()
+    if pixels * weight.numel() < 1 << 25:
+        return False
+    wins = _native_wins(input, weight, stride)
+    return (wins[0] and input.requires_grad) or (wins[1] and weight.requires_grad)
+
+
+def _native_wins(input: Tensor, weight: Tensor, stride: tuple[int, ...]) -> list[bool]:
+    """Whether the native gradient of the input, and that of the weight, is faster than torch's (benchmarks/LOG.md)."""
+    outputs, inputs = weight.shape[:2]
+    if inputs <= 4:
+        return [True, False]  # 3.1 to 5.4; 0.2 to 0.4
+    if inputs < 16 or outputs < 16:
+        return [False, False]
+    if input.dtype == torch.float16:
+        return [True, True]  # torch has no fast kernel
+    # Of the input float32 1.4 to 1.7, bfloat16 1.1 to 1.45 channels first and 0.9 to 1.1 last, with few pixels 0.6; of
+    # the weight 1.1 to 1.9, bfloat16 1.1 to 2.7.
+    pixels = input.shape[0] * input.shape[2:].numel()
+    for step in stride:
+        pixels //= step
+    first = memory_format(input, weight) == torch.contiguous_format
+    return [pixels >= 1024 and (first or input.dtype == torch.float32), True]
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, input, weight, bias, stride, padding, dilation, groups):
+        ctx.save_for_backward(input, weight)
+        ctx.geometry = stride, padding, dilation, groups
+        return FUNCTIONS[len(stride)](input, weight, bias, stride, padding, dilation, groups)
+
+    @staticmethod
+    def backward(ctx, grad):
+        input, weight = ctx.saved_tensors
+        stride, padding, dilation, groups = ctx.geometry
+        kernel = weight.shape[2:]
+        zeros = (0,) * len(stride)
+        least = output_sizes(grad.shape[2:], kernel, stride, padding, zeros, dilation)
+        output_padding = tuple(n - m for n, m in zip(input.shape[2:], least, strict=True))
+        transposed = stride, padding, output_padding, groups, dilation
+        channels_last = memory_format(input, weight) != torch.contiguous_format
+
+        def ours(needs_input: bool, needs_weight: bool) -> list[Tensor | None]:
+            grad_input = grad_weight = None
+            if needs_input:
+                grad_input = torch.ops.gpt4fast.conv_transpose_forward(
+                    grad, weight, None, *transposed, None, None, "none", 0.0, channels_last, None,
+                    winograd_wins(grad, weight, stride, groups, dilation, kept=False),
+                )  # fmt: skip
+            if needs_weight:
+                _, grad_weight = torch.ops.gpt4fast.conv_transpose_backward(
+                    input, grad, weight, *transposed, channels_last, False, True
+                )
+            return [grad_input, grad_weight]
+
+        def theirs(needs_input: bool, needs_weight: bool) -> list[Tensor | None]:
+            mask = [needs_input, needs_weight, False]
+            return torch.ops.aten.convolution_backward(
+                grad, input, weight, None, stride, padding, dilation, False, zeros, groups, mask
+            )[:2]
+
+        grads = gradients(ours, theirs, _native_wins(input, weight, stride), ctx.needs_input_grad[:2])
+        grad_bias = grad.sum([0, *range(2, grad.dim())]) if ctx.needs_input_grad[2] else None
+        return *grads, grad_bias, None, None, None, None
