@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include "../common/empty.h"
 #include "attention_arguments.h"
 #include "attention_decode.h"
 #include "cpu_level.h"
@@ -62,7 +63,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const
     const int64_t threads =
         threads_for(double(lse.numel()) * double(p.kv_length + 1) * double(p.head_dim + p.value_dim + 1));
     const int64_t bytes = kernel.workspace(p);
-    const Tensor workspace = torch::stable::new_empty(query, {threads, bytes}, ScalarType::Byte);
+    const Tensor workspace = empty_on_cpu<2>({threads, bytes}, ScalarType::Byte);
     char* memory = static_cast<char*>(workspace.mutable_data_ptr());
     run_on_threads(threads, [&](int64_t thread) { kernel.run(p, memory + thread * bytes, thread, threads); });
   }

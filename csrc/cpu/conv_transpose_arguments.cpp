@@ -1,12 +1,14 @@
 #include "conv_transpose_arguments.h"
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 
 #include <torch/csrc/stable/ops.h>
 
 #include "../common/checks.h"
 #include "../common/dtypes.h"
+#include "../common/empty.h"
 #include "attention_arguments.h"
 #include "cpu_level.h"
 #include "threads.h"
@@ -19,7 +21,6 @@ GPT4FAST_KERNEL_OF_LEVELS(ConvTransposeKernel, conv_transpose_winograd_kernel)
 
 namespace {
 
-using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -72,6 +73,17 @@ bool has_winograd_kernel(const ConvTransposeParams& p) {
   const int64_t taps = p.kernel[0] * p.kernel[1] * p.kernel[2];
   return 1 < taps && taps <= ConvTransposeParams::kMostWinogradTaps &&
          std::all_of(p.kernel, p.kernel + 3, [](int64_t size) { return size == 1 || size % 2 == 0; });
+}
+
+template <size_t kDims>
+Tensor empty_images(const std::vector<int64_t>& shape, const Tensor& like, bool channels_last) {
+  std::array<int64_t, kDims> sizes;
+  std::array<size_t, kDims> order;
+  for (size_t i = 0; i < kDims; ++i) {
+    sizes[i] = shape[i];
+    order[i] = i == 0 || !channels_last ? i : i == kDims - 1 ? 1 : i + 1;
+  }
+  return empty_on_cpu(sizes, like.scalar_type(), order);
 }
 
 }  // namespace
@@ -210,16 +222,17 @@ std::vector<int64_t> set_input(const Tensor& input, const Tensor& weight, int64_
 
 Tensor empty_images(const std::vector<int64_t>& shape, const Tensor& like, bool channels_last) {
   STD_TORCH_CHECK(!channels_last || shape.size() > 3, "expected channels_last to be False for 1 spatial dimension");
-  const auto format = !channels_last      ? MemoryFormat::Contiguous
-                      : shape.size() == 4 ? MemoryFormat::ChannelsLast
-                                          : MemoryFormat::ChannelsLast3d;
-  return torch::stable::empty(shape, like.scalar_type(), std::nullopt, like.device(), std::nullopt, format);
+  switch (shape.size()) {
+    case 3: return empty_images<3>(shape, like, channels_last);
+    case 4: return empty_images<4>(shape, like, channels_last);
+    default: return empty_images<5>(shape, like, channels_last);
+  }
 }
 
 void run_kernel(const ConvTransposeParams& p, const Tensor& packed, double multiplications) {
   const ConvTransposeKernel& kernel = kernel_for(p);
   const int64_t threads = threads_for(multiplications), bytes = kernel.workspace(p, threads);
-  const Tensor workspace = torch::stable::new_empty(packed, {threads, bytes}, ScalarType::Byte);
+  const Tensor workspace = empty_on_cpu<2>({threads, bytes}, ScalarType::Byte);
   char* memory = static_cast<char*>(workspace.mutable_data_ptr());
   run_on_threads(threads, [&](int64_t thread) {
     kernel.run(p, packed.const_data_ptr(), memory + thread * bytes, thread, threads);

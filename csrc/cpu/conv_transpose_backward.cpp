@@ -10,6 +10,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "../common/checks.h"
+#include "../common/empty.h"
 #include "conv_transpose_arguments.h"
 #include "cpu_level.h"
 #include "threads.h"
@@ -61,7 +62,7 @@ Tensor weight_gradient(const Tensor& grad_out, const Tensor& weight, double mult
   copy_strides(grad_out, strides);
   const ConvTransposeWeightGradientKernel& kernel = active_conv_transpose_weight_gradient_kernel();
   const int64_t threads = threads_for(multiplications), bytes = kernel.workspace(p);
-  const Tensor workspace = torch::stable::new_empty(weight, {threads, bytes}, ScalarType::Byte);
+  const Tensor workspace = empty_on_cpu<2>({threads, bytes}, ScalarType::Byte);
   char* memory = static_cast<char*>(workspace.mutable_data_ptr());
   void* target = out.mutable_data_ptr();
   run_on_threads(threads, [&](int64_t thread) {

@@ -17,7 +17,6 @@
 namespace gpt4fast::cpu {
 namespace {
 
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 std::vector<float> read_channels(const std::optional<Tensor>& values, const char* name, int64_t channels,
@@ -72,9 +71,8 @@ Tensor forward(const Tensor& input, const Tensor& weight, const std::optional<Te
   p.channels_last = channels_last;
   const Tensor out = empty_images(
       set_input(input, weight, groups, {stride, padding, output_padding, dilation}, winograd, p), input, channels_last);
-  const Tensor affine =
-      torch::stable::new_empty(input, {2, p.out_channels + ConvTransposeParams::kMostLanes}, ScalarType::Float);
-  set_affine(bias, scale, shift, affine.mutable_data_ptr<float>(), p);
+  std::vector<float> affine(2 * static_cast<size_t>(p.out_channels + ConvTransposeParams::kMostLanes));
+  set_affine(bias, scale, shift, affine.data(), p);
   const bool is_packed = packed && is_packed_from(*packed, weight, p);
   if (out.numel() > 0) {
     p.out = out.mutable_data_ptr();

@@ -413,8 +413,8 @@ def test_random_winograd_calls(data):
     input, weight = make_inputs(draw(st.integers(0, 5), "batch"), groups, inputs, outputs, size, kernel, dtype)
     if dims > 1 and draw(st.booleans(), "input channels last"):
         input = input.contiguous(memory_format=CHANNELS_LAST[dims])
-    # At borders terms are larger than their sum, and small volumes have little else: up to 2.1 times torch's error.
-    times = 2 if dims < 3 and input.numel() // input.shape[1] >= 32 << dims else 8
+    # At borders terms are larger than their sum: small volumes err up to 2.1 times as much as torch, single pixels 9.
+    times = 2 if dims < 3 and input.numel() // input.shape[1] >= 32 << dims else 30
     assert_close(
         input,
         weight,
