@@ -1,0 +1,58 @@
+"""Scratch memory of the native transposed convolution."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = [
+    pytest.mark.usefixtures("needs_native"),
+    pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="no way to measure a peak"),
+]
+
+MEASURE = """
+import ctypes, sys, torch, gpt4fast
+op = torch.ops.gpt4fast.conv_transpose_forward
+batch, groups, inputs, outputs, size, kernel, stride, padding, winograd, channels_last = eval(sys.argv[1])
+torch.set_num_threads(2)
+dims = len(size)
+geometry = [stride] * dims, [padding] * dims, [0] * dims, groups, [1] * dims
+def peak(reset=False):
+    if reset:
+        ctypes.CDLL(None).malloc_trim(0)  # free pages that are kept would serve the call unseen
+        open("/proc/self/clear_refs", "w").write("5")
+    status = open("/proc/self/status").read()
+    return int(status.split("VmHWM:")[1].split()[0])
+def run(batch, size):
+    torch.manual_seed(0)
+    x, weight = torch.randn(batch, groups * inputs, *size), torch.randn(groups * inputs, outputs, *[kernel] * dims)
+    packed = torch.ops.gpt4fast.conv_transpose_pack(weight, groups, winograd)
+    before = peak(reset=True)
+    out = op(x, weight, None, *geometry, None, None, "none", 0.0, channels_last, packed, winograd)
+    return peak() - before - out.numel() * 4 / 1024
+run(1, [2] * dims)
+print(run(batch, size))
+"""
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "64, 1, 512, 256, [4, 4], 4, 2, 1, False, False",
+        "64, 1, 512, 256, [4, 4], 4, 2, 1, True, False",
+        "1, 1, 1024, 128, [64, 64], 4, 2, 1, True, True",
+        "4, 1, 128, 64, [128, 128], 4, 2, 1, False, True",
+        "16, 1, 64, 3, [64, 64], 4, 2, 1, False, False",
+        "8, 128, 1, 1, [64, 64], 4, 2, 1, False, False",
+        "8, 1, 128, 64, [6400], 4, 2, 1, True, False",
+        "1, 1, 64, 32, [24, 24, 24], 4, 2, 1, True, False",
+    ],
+)
+def test_peak_memory_beyond_input_weight_and_output(call):
+    """Less than 8 MiB a thread: there is no im2col buffer, which would take 33 to 134 MB here."""
+    command = [sys.executable, "-c", MEASURE, call]
+    kib = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert 0 < kib < 2 * 8 * 1024
