@@ -142,7 +142,9 @@ def summed_roundings(query, key, value, grad_out, grad_lse=None, mask=None, **op
 
 
 def assert_close(inputs, mask=None, grad_lse=None, **options):
-    """At most twice as far from float64 as plain torch in the same dtype, but for two roundings of the addends."""
+    """At most twice as far from float64 as plain torch in the same dtype, but for three roundings of the addends: of the
+    exponential's argument, of its polynomial (1.3 units in the last place) and of a sum. With few addends torch may
+    have none of them."""
     query, key, value, grad_out = inputs
     got = gradients(*inputs, grad_lse, mask, **options)
     expected = expected_gradients(*inputs, grad_lse, mask, **options)
@@ -153,7 +155,7 @@ def assert_close(inputs, mask=None, grad_lse=None, **options):
         assert ours.shape == source.shape
         if name != "mask":
             assert ours.dtype == source.dtype and ours.stride() == torch.empty_like(source).stride()
-        allowed = 2 * (torchs.double() - exact).norm() + 2 * torch.finfo(query.dtype).eps * sums.norm()
+        allowed = 2 * (torchs.double() - exact).norm() + 3 * torch.finfo(query.dtype).eps * sums.norm()
         error = (ours.double() - exact).norm()
         assert error <= allowed, f"gradient of {name}: {error} from float64, allowed {allowed}"
 
