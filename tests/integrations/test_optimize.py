@@ -134,7 +134,9 @@ def test_inference_in_other_dtypes_is_as_good_as_torchs(name, dtype) -> None:
     model, x = make().to(dtype).eval(), torch.randn(shape).to(dtype)
     exact = copy.deepcopy(model).double()(x.double())
     errors = [(m(x).double() - exact).abs().max().item() for m in (gpt4fast.optimize(model), model)]
-    assert errors[0] <= 2 * errors[1] + 4 * torch.finfo(dtype).eps * exact.abs().max().item()
+    # In float64 torch's own result is what is compared with: four layers of folded weights differ by up to 5 roundings.
+    roundings = 16 if dtype == torch.float64 else 4
+    assert errors[0] <= 2 * errors[1] + roundings * torch.finfo(dtype).eps * exact.abs().max().item()
 
 
 @pytest.mark.parametrize("training", [False, True])
