@@ -13,7 +13,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from gpt4fast.backends import native
+if not torch.cuda.is_available():  # before anything reads it: Triton's kernels run in its interpreter
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from gpt4fast.backends import native  # noqa: E402
 
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 # Workers of pytest-xdist inherit the seed through the environment.

@@ -28,6 +28,7 @@ from .reference import conv_transpose as reference_conv_transpose
 from .reference.attention_decode import attention_decode as cached_attention
 from .reference.attention_varlen import attention_varlen as padded_attention
 from .reference.conv_transpose import memory_format
+from .triton import conv_transpose as triton_conv_transpose
 
 # Constants, since torch.compile traces through this file.
 CPU_LIBRARY_ERROR = native.cpu_library_error()
@@ -244,6 +245,7 @@ CONV_TRANSPOSE = Op(
     "conv_transpose",
     {
         "native": Candidate(compiled_conv_transpose.conv_transpose, _native_conv_transpose),
+        "triton": Candidate(triton_conv_transpose.conv_transpose, triton_conv_transpose.refusal),
         "cuda": Candidate(compiled_conv_transpose.conv_transpose_then_affine, _cuda_conv_transpose),
         "reference": Candidate(reference_conv_transpose.conv_transpose, _never),
         "torch": Candidate(aten_conv_transpose.conv_transpose, _never),

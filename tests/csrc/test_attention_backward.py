@@ -142,9 +142,10 @@ def summed_roundings(query, key, value, grad_out, grad_lse=None, mask=None, **op
 
 
 def assert_close(inputs, mask=None, grad_lse=None, **options):
-    """At most twice as far from float64 as plain torch in the same dtype, but for three roundings of the addends: of the
-    exponential's argument, of its polynomial (1.3 units in the last place) and of a sum. With few addends torch may
-    have none of them."""
+    """At most twice as far from float64 as plain torch in the same dtype, but for three roundings of the addends.
+
+    They are of the exponential's argument, of its polynomial and of a sum; of few addends torch may have none.
+    """
     query, key, value, grad_out = inputs
     got = gradients(*inputs, grad_lse, mask, **options)
     expected = expected_gradients(*inputs, grad_lse, mask, **options)
