@@ -61,6 +61,7 @@ gpu:  ## everything that needs an NVIDIA GPU: build, tests, compute-sanitizer, s
 	@$(MAKE) install GPT4FAST_BUILD=on GPT4FAST_CUDA=on
 	@$(BIN)/python -c "import torch; torch.cuda.is_available() or exit('make gpu: torch ' + torch.__version__ + ' sees no GPU; nothing was run')"
 	$(BIN)/python -m pytest -q -m gpu
+	$(BIN)/python -m pytest -q tests/backends
 	@if command -v compute-sanitizer >/dev/null; then \
 	  compute-sanitizer --error-exitcode 1 $(BIN)/python -m pytest -q -m gpu tests/csrc; \
 	else echo "compute-sanitizer is not installed: not run"; fi

@@ -52,14 +52,14 @@ def _with_depth(
 ) -> dict[str, int]:
     # Of shared memory, Hopper and the Blackwell of data centres have 227 KiB a block, Ampere 163, smaller GPUs 99.
     roomy = capability[0] in (9, 10)
-    deepest = 16 if not tensor_cores else 64 if roomy and itemsize == 2 else 32
+    deepest = (128 if roomy else 64) // itemsize if tensor_cores else 16
     block_k = power_of_two(depth, 16, deepest)
     stage = (block_m + block_n) * block_k * itemsize
     return {
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
         "BLOCK_K": block_k,
-        "num_warps": 8 if block_m * block_n * itemsize >= 2 * 128 * 128 else 4,
+        "num_warps": 8 if block_m * block_n >= 128 * 128 else 4,
         "num_stages": min(4, (192 if roomy else 96) * 1024 // stage),
     }
 

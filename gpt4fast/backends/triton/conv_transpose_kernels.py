@@ -30,12 +30,11 @@ def dot(a, b, sums, PRECISION: tl.constexpr):
 
 @triton.jit
 def tanh(x):
-    e = tl.exp(-2 * tl.abs(x))
-    far = (1 - e) / (1 + e)
-    # Near zero 1 - e would cancel: the series of tanh(x) / x.
+    far = 1 - 2 / (1 + tl.exp(2 * x))
+    # Near zero the difference would cancel: the series of tanh(x) / x.
     s = x * x
     near = 1 + s * (-1 / 3 + s * (2 / 15 + s * (-17 / 315 + s * (62 / 2835))))
-    return tl.where(s < 0.0625, x * near, tl.where(x < 0, -far, far))
+    return tl.where(s < 0.0625, x * near, far)
 
 
 @triton.jit
