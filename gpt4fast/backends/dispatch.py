@@ -28,6 +28,7 @@ from .reference import conv_transpose as reference_conv_transpose
 from .reference.attention_decode import attention_decode as cached_attention
 from .reference.attention_varlen import attention_varlen as padded_attention
 from .reference.conv_transpose import memory_format
+from .triton import attention as triton_attention
 from .triton import conv_transpose as triton_conv_transpose
 
 # Constants, since torch.compile traces through this file.
@@ -218,6 +219,7 @@ ATTENTION = Op(
     "attention",
     {
         "native": Candidate(compiled_attention.attention, _native_attention),
+        "triton": Candidate(triton_attention.attention, triton_attention.refusal),
         "reference": Candidate(reference_attention.attention, _never),
         "torch": Candidate(aten_attention.attention, _torch_attention),
     },

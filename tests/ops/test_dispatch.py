@@ -93,7 +93,7 @@ def test_explain_tells_what_auto_runs(runs):
     ("impl", "kwargs", "reason"),
     [
         ("torch", {"softcap": 1.0}, "softcap"),
-        ("triton", {}, "triton"),
+        ("triton", {"attn_mask": torch.zeros(3, 3, dtype=torch.float64)}, "float64 mask|not installed"),
         ("cuda", {}, "cuda"),
         ("native", {"attn_mask": torch.zeros(3, 3, dtype=torch.float64)}, "float64 mask"),
         ("native", {"alibi_slopes": torch.ones(2, requires_grad=True)}, "alibi_slopes"),

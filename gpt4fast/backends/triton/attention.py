@@ -1,0 +1,281 @@
+"""Attention by Triton kernels, with its gradients: FlashAttention-2 (Dao, 2023). Shapes as in the reference.
+
+Never run on a GPU so far: the kernels are tested by Triton's interpreter.
+Triton itself is imported at the first launch.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from ..autograd import needs_grad
+from ..compiled import attention as compiled
+from ..reference.dropout import draw_seed
+from . import attention_config as config
+
+# Constants, since torch.compile traces through dispatch.
+INSTALLED = importlib.util.find_spec("triton") is not None
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+# Small, so that small tensors have several, and unequal, so that none is taken for the other.
+TILES_OF_INTERPRETER = {
+    "forward_tile": {"BLOCK_M": 32, "BLOCK_N": 16},
+    "backward_query_tile": {"BLOCK_M": 16, "BLOCK_N": 32},
+    "backward_key_value_tile": {"BLOCK_M": 16, "BLOCK_N": 32},
+}
+WIDEST = 256
+
+
+def refusal(call: dict) -> str | None:
+    """Why the kernels can't serve a call that ``ops.attention.prepare`` made, or None."""
+    query, value, mask, slopes = call["query"], call["value"], call["attn_mask"], call["alibi_slopes"]
+    if not INSTALLED:
+        return "triton is not installed"
+    if not query.is_cuda and not (INTERPRETED and query.is_cpu):
+        return f"the Triton kernels are for CUDA tensors, and this one is on {query.device}"
+    if query.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return "the Triton kernels take float32, bfloat16 and float16; float64 runs on the reference"
+    if query.is_cuda:
+        if torch.version.hip is not None:
+            return "the Triton kernels' tiles are chosen for NVIDIA GPUs"
+        if torch.cuda.get_device_capability(query.device) < (8, 0):
+            return "the Triton kernels need compute capability 8.0 (Ampere)"
+    for name, width in (("head_dim", query.shape[3]), ("value's head_dim", value.shape[3])):
+        if width > WIDEST:
+            return f"the Triton kernel takes a {name} of at most {WIDEST}, and this one is {width}"
+    if mask is not None and mask.dtype == torch.float64:
+        return "the Triton kernel takes no float64 mask"
+    if slopes is not None and needs_grad(slopes):
+        return "the Triton kernel gives alibi_slopes no gradient"
+    if not torch.compiler.is_compiling() and (
+        forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+    ):
+        return "the Triton kernels have no rules for torch.func and forward-mode differentiation"
+    return None
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float,
+    query_offset: int | Tensor,
+    kv_lengths: Tensor | None,
+    kv_starts: Tensor | None,
+    window: tuple[int, int] | None,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    """Output (B, Hq, Lq, Dv) in query's dtype and the log-sum-exp (B, Hq, Lq) in float32, asked for or not."""
+    offset, offsets = (0, query_offset) if isinstance(query_offset, Tensor) else (query_offset, None)
+    left, right = window or (-1, -1)
+    inputs = (
+        query, key, value, attn_mask, dropout_p, draw_seed(query) if dropout_p else None, is_causal, scale, offset,
+        compiled.as_index(offsets), compiled.as_index(kv_lengths), compiled.as_index(kv_starts), left, right, softcap,
+        compiled.as_float32(alibi_slopes),
+        query.stride(1) >= query.stride(2),  # the result lies in memory like the query, as torch's does
+    )  # fmt: skip
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return torch.ops.gpt4fast.triton_attention_forward.default(*inputs)
+    if needs_grad(*inputs[:4]):
+        return _Attention.apply(*inputs[:4], inputs[4:])
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.gpt4fast.triton_attention_forward.default(*inputs)
+
+
+def _forward(query, key, value, *settings) -> tuple[Tensor, Tensor]:
+    *settings, heads_first = settings
+    out, lse = compiled.empty_results(query, value, heads_first)
+    _launch(
+        "forward", query.shape[2], query.shape[1], query, key, value, settings,
+        {"Query": query, "Key": key, "Value": value, "Out": out}, {"Lse": lse},
+    )  # fmt: skip
+    return out, lse
+
+
+def _backward(
+    grad_out, grad_lse, query, key, value, out, lse, needs_mask_grad, *settings
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    attn_mask = settings[0]
+    batch, heads, rows, _ = query.shape
+    delta = torch.empty_like(lse)
+    _launch_delta(grad_out, out, None if grad_lse is None else grad_lse.contiguous(), delta)
+    inputs = {"GradOut": grad_out, "Query": query, "Key": key, "Value": value}
+    sums = {"Lse": lse, "Delta": delta}
+
+    grad_query, grad_key, grad_value = (torch.empty_like(t) for t in (query, key, value))
+    # Of the scores' size, whatever the mask's: its dimensions of 1 are summed afterwards, in a fixed order.
+    grad_scores = lse.new_zeros(batch, heads, rows, key.shape[2]) if needs_mask_grad else None
+    _launch(
+        "backward_query", rows, heads, query, key, value, settings,
+        inputs | {"GradQuery": grad_query}, sums | {"GradMask": grad_scores},
+    )  # fmt: skip
+    _launch(
+        "backward_key_value", key.shape[2], key.shape[1], query, key, value, settings,
+        inputs | {"GradKey": grad_key, "GradValue": grad_value}, sums,
+    )  # fmt: skip
+    grad_mask = grad_scores.sum_to_size(attn_mask.shape) if needs_mask_grad else lse.new_empty(0)
+    return grad_query, grad_key, grad_value, grad_mask
+
+
+def _launch(
+    kernel: str, length: int, heads: int, query: Tensor, key: Tensor, value: Tensor, settings: list,
+    strided: dict[str, Tensor], others: dict[str, Tensor | None],
+) -> None:  # fmt: skip
+    """Run a kernel: one program for each tile of ``length``, of each of the heads."""
+    (
+        attn_mask, dropout_p, seed, is_causal, scale, offset, offsets, kv_lengths, kv_starts, left, right, softcap,
+        slopes,
+    ) = settings  # fmt: skip
+    batch, query_heads, rows, head_dim = query.shape
+    columns, value_dim = key.shape[2], value.shape[3]
+    if batch * heads * length == 0:
+        return
+    from . import attention_kernels as kernels
+
+    if attn_mask is not None:
+        attn_mask = attn_mask.expand(batch, query_heads, rows, columns)
+        attn_mask = attn_mask.view(torch.uint8) if attn_mask.dtype == torch.bool else attn_mask
+    dropped = min(int(dropout_p * 2**32), 2**32)  # of all words; below one there is no dropout
+    tile = _tile(f"{kernel}_tile", query, value, extras=attn_mask is not None or softcap > 0 or dropped > 0)
+    block = tile["BLOCK_N" if kernel == "backward_key_value" else "BLOCK_M"]
+    with torch.cuda.device_of(query):
+        getattr(kernels, f"{kernel}_kernel")[(-(-length // block) * batch * heads,)](
+            **strided,
+            **{f"{_snake(name)}_strides": t.stride() for name, t in strided.items()},
+            **others,
+            Mask=attn_mask,
+            mask_strides=(0, 0, 0, 0) if attn_mask is None else attn_mask.stride(),
+            Slopes=None if slopes is None else slopes.contiguous(),
+            Offsets=offsets,
+            Starts=kv_starts,
+            Lengths=kv_lengths,
+            Seed=seed if dropped else None,
+            heads=query_heads,
+            group=query_heads // key.shape[1],
+            query_length=rows,
+            key_length=columns,
+            scale=scale,
+            softcap=softcap or None,
+            offset=offset,
+            left=left,
+            right=(0 if right < 0 else min(right, 0)) if is_causal else right,  # causal: nothing to the right
+            last_dropped=max(dropped - 1, 0),
+            keep_scale=1 / (1 - dropout_p) if dropout_p < 1 else 1.0,
+            D=head_dim,
+            DV=value_dim,
+            BLOCK_D=config.padded(head_dim),
+            BLOCK_DV=config.padded(value_dim),
+            PRECISION=_precision(),
+            **tile,
+        )
+
+
+def _launch_delta(grad_out: Tensor, out: Tensor, grad_lse: Tensor | None, delta: Tensor) -> None:
+    batch, heads, rows, width = out.shape
+    if delta.numel() == 0:
+        return
+    from . import attention_kernels as kernels
+
+    block = 64
+    with torch.cuda.device_of(out):
+        kernels.delta_kernel[(-(-rows // block) * batch * heads,)](
+            grad_out, out, grad_lse, delta, grad_out.stride(), out.stride(), heads, rows, DV=width,
+            BLOCK_DV=config.padded(width), BLOCK_M=block,
+        )  # fmt: skip
+
+
+def _snake(name: str) -> str:
+    """GradOut -> grad_out."""
+    return "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in name).lstrip("_")
+
+
+def _precision() -> str:
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def _tile(name: str, query: Tensor, value: Tensor, extras: bool) -> dict[str, int]:
+    if not query.is_cuda:
+        return TILES_OF_INTERPRETER[name]
+    capability = torch.cuda.get_device_capability(query.device)
+    return getattr(config, name)(
+        query.itemsize, query.shape[3], value.shape[3], capability, _precision() == "tf32", extras
+    )
+
+
+# Autograd, and torch.compile, to which the launches are opaque
+
+
+def _fake_forward(query, key, value, *settings):
+    return compiled.empty_results(query, value, settings[-1])
+
+
+def _fake_backward(grad_out, grad_lse, query, key, value, out, lse, needs_mask_grad, attn_mask, *_):
+    grad_mask = query.new_empty(attn_mask.shape if needs_mask_grad else 0, dtype=torch.float32)
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), grad_mask
+
+
+def _differentiate(ctx, grad_out, grad_lse):
+    query, key, value, out, lse, *tensors = ctx.saved_tensors
+    *settings, _ = [s if t is None else t for s, t in zip(ctx.settings, tensors, strict=True)]
+    attn_mask = settings[0]
+    if torch.is_grad_enabled():  # create_graph=True
+        grads = compiled._differentiable_backward(
+            ctx.needs_input_grad, grad_out, grad_lse, query, key, value, *settings, None, None
+        )
+    else:
+        needs_mask_grad = attn_mask is not None and ctx.needs_input_grad[3]
+        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+        *grads, grad_mask = torch.ops.gpt4fast.triton_attention_backward.default(
+            grad_out, grad_lse, query, key, value, out, lse, needs_mask_grad, *settings
+        )
+        grads.append(grad_mask.to(attn_mask.dtype) if needs_mask_grad else None)
+    return *grads, *(None,) * len(settings)
+
+
+class _Attention(torch.autograd.Function):
+    """The derivative of the registered op without the Python that ``torch.library`` puts around each call."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, attn_mask, settings):
+        inputs = query, key, value, attn_mask, *settings
+        with torch._C._AutoDispatchBelowAutograd():
+            output = torch.ops.gpt4fast.triton_attention_forward.default(*inputs)
+        compiled._setup_context(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx, grad_out, grad_lse):
+        return *_differentiate(ctx, grad_out, grad_lse)[:4], None
+
+
+_SETTINGS = (
+    "Tensor? attn_mask, float dropout_p, Tensor? dropout_seed, bool is_causal, float scale, SymInt query_offset, "
+    "Tensor? query_offsets, Tensor? kv_lengths, Tensor? kv_starts, SymInt window_left, SymInt window_right, "
+    "float softcap, Tensor? alibi_slopes"
+)
+torch.library.define(
+    "gpt4fast::triton_attention_forward",
+    f"(Tensor query, Tensor key, Tensor value, {_SETTINGS}, bool heads_first) -> (Tensor out, Tensor lse)",
+)
+torch.library.define(
+    "gpt4fast::triton_attention_backward",
+    "(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
+    f"bool needs_mask_grad, {_SETTINGS}) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_mask)",
+)
+for _device in ("cuda", "cpu"):  # the CPU's is the interpreter
+    torch.library.impl("gpt4fast::triton_attention_forward", _device, _forward)
+    torch.library.impl("gpt4fast::triton_attention_backward", _device, _backward)
+torch.library.register_fake("gpt4fast::triton_attention_forward", _fake_forward)
+torch.library.register_fake("gpt4fast::triton_attention_backward", _fake_backward)
+torch.library.register_autograd(
+    "gpt4fast::triton_attention_forward", _differentiate, setup_context=compiled._setup_context
+)

@@ -1,0 +1,98 @@
+"""Tile sizes of the Triton kernels of attention: pure functions of sizes and of the GPU's generation.
+
+Chosen by what fits in registers and shared memory (tests/backends/triton/test_attention_compiled.py); not yet by
+measurements.
+"""
+
+from __future__ import annotations
+
+KIB = 1024
+
+# By how products are computed and by the widest row, 64, 128 or 256: (rows that stay, rows that pass, warps). What
+# stays is queries in the forward kernel and in that of their gradient, keys and values in that of theirs.
+FORWARD = {
+    "half": {64: (128, 64, 8), 128: (128, 64, 8), 256: (64, 32, 8)},
+    "tf32": {64: (64, 32, 4), 128: (64, 32, 8), 256: (32, 16, 4)},
+    "ieee": {64: (64, 32, 8), 128: (32, 32, 8), 256: (32, 16, 8)},
+}
+BACKWARD_QUERY = {
+    "half": {64: (128, 64, 8), 128: (128, 32, 8), 256: (64, 32, 8)},
+    "tf32": {64: (64, 32, 8), 128: (64, 32, 8), 256: (32, 16, 8)},
+    "ieee": {64: (64, 32, 8), 128: (32, 16, 4), 256: (16, 16, 4)},
+}
+BACKWARD_KEY_VALUE = {
+    "half": {64: (128, 32, 8), 128: (64, 32, 8), 256: (32, 32, 8)},
+    "tf32": {64: (64, 32, 8), 128: (32, 32, 8), 256: (32, 16, 8)},
+    "ieee": {64: (32, 32, 8), 128: (32, 32, 8), 256: (16, 16, 4)},
+}
+# The two sums of this kernel are what fills the registers, and Blackwell has tensor memory for them.
+BACKWARD_KEY_VALUE_BLACKWELL = {64: (128, 64, 8), 128: (128, 32, 8), 256: (64, 32, 8)}
+
+
+def padded(size: int) -> int:
+    """The power of two, at least 16, in which a tile holds ``size`` columns."""
+    return max(16, 1 << max(0, size - 1).bit_length())
+
+
+def shared_memory(capability: tuple[int, int]) -> int:
+    """Bytes that one block may use."""
+    if capability[0] in (9, 10):
+        return 227 * KIB
+    return 163 * KIB if capability in ((8, 0), (8, 7)) else 99 * KIB
+
+
+def forward_tile(
+    itemsize: int, head_dim: int, value_dim: int, capability: tuple[int, int], tf32: bool = False, extras: bool = False
+) -> dict[str, int]:
+    """For ``forward_kernel``; ``tf32`` is for float32, ``extras`` whether there is a mask, a soft cap or dropout."""
+    width, kind = _width(head_dim, value_dim), _kind(itemsize, tf32)
+    block_m, block_n, warps = FORWARD[kind][width]
+    block_n = _passing(block_n, extras)
+    stages = _stages(block_m * width * itemsize, block_n, block_m, width, itemsize, capability, extras)
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
+
+
+def backward_query_tile(
+    itemsize: int, head_dim: int, value_dim: int, capability: tuple[int, int], tf32: bool = False, extras: bool = False
+) -> dict[str, int]:
+    """For ``backward_query_kernel``."""
+    width, kind = _width(head_dim, value_dim), _kind(itemsize, tf32)
+    block_m, block_n, warps = BACKWARD_QUERY[kind][width]
+    block_n = _passing(block_n, extras)
+    stages = _stages(2 * block_m * width * itemsize, block_n, block_m, width, itemsize, capability, extras)
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": min(2, stages)}
+
+
+def backward_key_value_tile(
+    itemsize: int, head_dim: int, value_dim: int, capability: tuple[int, int], tf32: bool = False, extras: bool = False
+) -> dict[str, int]:
+    """For ``backward_key_value_kernel``."""
+    width, kind = _width(head_dim, value_dim), _kind(itemsize, tf32)
+    tiles = BACKWARD_KEY_VALUE_BLACKWELL if kind == "half" and capability[0] == 10 else BACKWARD_KEY_VALUE[kind]
+    block_n, block_m, warps = tiles[width]
+    block_m = _passing(block_m, extras)
+    stages = _stages(2 * block_n * width * itemsize, block_m, block_n, width, itemsize, capability, extras)
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": min(2, stages)}
+
+
+def _width(head_dim: int, value_dim: int) -> int:
+    return max(64, padded(head_dim), padded(value_dim))
+
+
+def _kind(itemsize: int, tf32: bool) -> str:
+    return "half" if itemsize == 2 else "tf32" if tf32 else "ieee"
+
+
+def _passing(rows: int, extras: bool) -> int:
+    """Soft cap, mask and dropout each keep a tile of scores more in registers."""
+    return max(16, rows // 2) if extras else rows
+
+
+def _stages(
+    staying: int, rows: int, columns: int, width: int, itemsize: int, capability: tuple[int, int], extras: bool
+) -> int:
+    """How many pairs of passing tiles, and tiles of the mask, fit beside the bytes that stay and a tile of scores that
+    changes its layout."""
+    scores = rows * columns * 4
+    stage = 2 * rows * width * itemsize + (scores if extras else 0)
+    return max(1, min(3, (shared_memory(capability) - staying - scores) // stage))

@@ -1,0 +1,152 @@
+"""The Triton kernels of attention, by Triton's interpreter (or on a GPU, where it is off): values and gradients
+against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import gpt4fast
+from gpt4fast.backends.reference import attention as reference_attention
+from gpt4fast.backends.triton import attention as triton_attention
+from gpt4fast.ops.attention import prepare
+
+pytest.importorskip("triton")
+if not triton_attention.INTERPRETED and not torch.cuda.is_available():
+    pytest.skip("neither a GPU nor TRITON_INTERPRET=1", allow_module_level=True)
+DEVICE = "cpu" if triton_attention.INTERPRETED else "cuda"
+DEFAULTS = {
+    "attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "query_offset": 0, "kv_lengths": None,
+    "kv_starts": None, "window": None, "softcap": 0.0, "alibi_slopes": None, "return_lse": True,
+}  # fmt: skip
+# name: (batch, query heads, heads, queries, keys, D, Dv), options; masks are made anew in each test
+CASES = {
+    "grouped heads": ((1, 2, 1, 33, 40, 16, 16), {}),
+    "causal, widths that are no powers of two": ((1, 2, 2, 40, 40, 20, 12), {"is_causal": True}),
+    "window": ((2, 4, 2, 17, 50, 33, 40), {"window": (9, 3), "query_offset": 20}),
+    "offsets of rows": ((2, 2, 2, 9, 33, 8, 8), {"is_causal": True, "query_offset": lambda: torch.tensor([3, 24])}),
+    "float mask and softcap": (
+        (1, 2, 1, 30, 45, 8, 8),
+        {"attn_mask": lambda: torch.randn(1, 1, 30, 45), "softcap": 5.0},
+    ),
+    "mask of one row": ((2, 2, 1, 20, 33, 8, 8), {"attn_mask": lambda: torch.randn(2, 1, 1, 33), "scale": 0.7}),
+    "boolean mask and slopes": (
+        (1, 2, 1, 30, 45, 8, 8),
+        {"attn_mask": lambda: torch.rand(1, 2, 1, 45) < 0.7, "alibi_slopes": lambda: torch.rand(2)},
+    ),
+    "bounds, and a batch that sees nothing": (
+        (2, 2, 2, 20, 30, 16, 16),
+        {"kv_lengths": lambda: torch.tensor([0, 17]), "kv_starts": lambda: torch.tensor([0, 5])},
+    ),
+    "one query": ((2, 4, 2, 1, 70, 32, 32), {}),
+}
+
+
+def run(function, tensors, options, grads, dtype):
+    """Output, log-sum-exp, and gradients of query, key, value and a float mask."""
+    inputs = [t.detach().to(dtype).requires_grad_() for t in tensors]
+    mask = options["attn_mask"]
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.to(dtype).requires_grad_()
+    call, _ = prepare(*inputs, *(options | {"attn_mask": mask}).values())
+    out, lse = function(**call)
+    wanted = [*inputs, *([mask] if mask is not None and mask.requires_grad else [])]
+    results = out, torch.where(lse.isfinite(), lse, 0)
+    return [
+        out.detach(),
+        lse.detach(),
+        *torch.autograd.grad(results, wanted, [g.to(r.dtype) for g, r in zip(grads, results, strict=True)]),
+    ]
+
+
+def operands(shape, dtype):
+    batch, heads, kv_heads, queries, keys, dim, value_dim = shape
+    sizes = (batch, heads, queries, dim), (batch, kv_heads, keys, dim), (batch, kv_heads, keys, value_dim)
+    grads = torch.randn(batch, heads, queries, value_dim), torch.randn(batch, heads, queries)
+    return [torch.randn(size).to(dtype).to(DEVICE) for size in sizes], [g.to(DEVICE) for g in grads]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", CASES)
+def test_values_and_gradients(case, dtype):
+    """At most twice as far from float64 as the reference in the same dtype."""
+    shape, options = CASES[case]
+    made = {name: value().to(DEVICE) if callable(value) else value for name, value in options.items()}
+    tensors, grads = operands(shape, dtype)
+    ours, theirs, exact = (
+        run(function, tensors, DEFAULTS | made, grads, precision)
+        for function, precision in (
+            (triton_attention.attention, dtype),
+            (reference_attention.attention, dtype),
+            (reference_attention.attention, torch.float64),
+        )
+    )
+    for name, got, other, true in zip(
+        ("out", "lse", "query", "key", "value", "mask"), ours, theirs, exact, strict=False
+    ):
+        assert torch.equal(got.isfinite(), true.isfinite()), name
+        got, other, true = (torch.where(true.isfinite(), t.double(), 0) for t in (got, other, true))
+        eps = torch.finfo(torch.float32 if name == "lse" else dtype).eps
+        assert (got - true).norm() <= 2 * (other - true).norm() + 2 * eps * true.norm(), name
+
+
+def test_a_hidden_nan_stays_hidden():
+    (query, key, value), _ = operands((1, 2, 2, 20, 40, 16, 16), torch.float32)
+    expected = gpt4fast.attention(query, key, value, is_causal=True, impl="triton")
+    key[:, :, 20:], value[:, :, 20:] = float("nan"), float("nan")
+    assert torch.equal(gpt4fast.attention(query, key, value, is_causal=True, impl="triton"), expected)
+
+
+def test_strides_and_layout():
+    (query, key, value), _ = operands((2, 3, 3, 20, 40, 16, 16), torch.float32)
+    expected = gpt4fast.attention(query, key, value, impl="triton")
+    moved = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (query, key, value)]
+    torch.testing.assert_close(gpt4fast.attention(*moved, impl="triton"), expected)
+    expanded = [query, key[:, :1].expand_as(key), value[:, :1].expand_as(value)]
+    torch.testing.assert_close(
+        gpt4fast.attention(*expanded, impl="triton"),
+        gpt4fast.attention(query, key[:, :1].repeat(1, 3, 1, 1), value[:, :1].repeat(1, 3, 1, 1), impl="reference"),
+    )
+
+
+def test_second_derivatives():
+    tensors, _ = operands((1, 2, 1, 5, 7, 8, 8), torch.float32)
+    results = []
+    for impl in ("triton", "reference"):
+        inputs = [(t / 2).requires_grad_() for t in tensors]
+        out = gpt4fast.attention(*inputs, impl=impl)
+        first = torch.autograd.grad(out.square().sum(), inputs, create_graph=True)
+        results.append([*first, *torch.autograd.grad(sum(g.square().sum() for g in first), inputs)])
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_drops_that_share_and_the_same_weights_in_backward():
+    (query, key, _), _ = operands((1, 2, 2, 32, 48, 16, 16), torch.float32)
+    value = torch.eye(48, device=DEVICE).expand(1, 2, 48, 48).clone().requires_grad_()  # the output is the weights
+    torch.manual_seed(3)
+    weights = gpt4fast.attention(query, key, value, dropout_p=0.3, impl="triton")
+    assert 0.2 < (weights == 0).float().mean() < 0.4
+    (grad,) = torch.autograd.grad(weights.sum(), value)
+    torch.testing.assert_close(grad[..., 0], weights.detach().sum(2), rtol=1e-4, atol=1e-5)
+    torch.manual_seed(3)
+    assert torch.equal(gpt4fast.attention(query, key, value, dropout_p=0.3, impl="triton"), weights)
+
+
+def test_no_rows_and_no_keys():
+    for queries, keys in ((0, 5), (5, 0)):
+        (query, key, value), _ = operands((1, 2, 2, queries, keys, 8, 8), torch.float32)
+        out = gpt4fast.attention(query, key, value, impl="triton")
+        assert out.shape == query.shape and not out.any()
+
+
+def test_what_it_refuses():
+    (query, key, value), _ = operands((1, 1, 1, 3, 3, 8, 8), torch.float32)
+    for tensors, options, reason in (
+        ([t.double() for t in (query, key, value)], {}, "float64"),
+        ([torch.randn(1, 1, 3, 300, device=DEVICE)] * 3, {}, "at most 256"),
+        ([query, key, value], {"attn_mask": torch.zeros(3, 3, dtype=torch.float64, device=DEVICE)}, "float64 mask"),
+        ([query, key, value], {"alibi_slopes": torch.ones(1, device=DEVICE, requires_grad=True)}, "alibi_slopes"),
+    ):
+        with pytest.raises(RuntimeError, match=reason):
+            gpt4fast.attention(*tensors, **options, impl="triton")
