@@ -212,7 +212,9 @@ def test_gradient_of_a_broadcast_mask(impl, broadcast, dtype):
     for ours, truth in zip(gradients(inputs, impl), exact, strict=True):
         assert ours.shape == truth.shape and ours.dtype == dtype
         tolerance = 1e-5 if dtype == torch.float32 else 0.03
-        assert (ours.double() - truth).abs().max() <= tolerance * max(1, truth.abs().max())
+        # The sum of a softmax's gradients is zero: what is left of 5,040 of them are their roundings.
+        summed = (2 * 4 * 9 * 70 / truth.numel()) ** 0.5 if truth.shape == mask.shape else 1
+        assert (ours.double() - truth).abs().max() <= tolerance * max(1, truth.abs().max(), summed / 20)
 
 
 @pytest.mark.parametrize("feature", ["causal", "softcap", "float mask", "all"])
