@@ -141,4 +141,20 @@ class Blocks {
   int64_t step_[4], parts_[4];
 };
 
+// A thread's share of the tasks: calls begin(outputs) for a block of outputs, then compute(group, block) for the blocks
+// of output channels of each group. These change first: they share the inputs of the block of outputs.
+template <typename Begin, typename ComputeBlock>
+void for_each_task(const Blocks& outputs, int64_t groups, int64_t blocks, int64_t thread, int64_t threads, Begin begin,
+                   ComputeBlock compute) {
+  const int64_t columns = groups * blocks, tasks = outputs.count() * columns;
+  int64_t present = -1;
+  for (int64_t task = tasks * thread / threads; task < tasks * (thread + 1) / threads; ++task) {
+    if (task / columns != present) {
+      present = task / columns;
+      begin(outputs[present]);
+    }
+    compute(task % columns / blocks, task % columns % blocks);
+  }
+}
+
 }  // namespace gpt4fast::cpu::GPT4FAST_LEVEL

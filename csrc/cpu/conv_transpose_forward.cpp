@@ -54,9 +54,6 @@ void set_affine(const std::optional<Tensor>& bias, const std::optional<Tensor>& 
 Tensor pack(const Tensor& weight, int64_t groups, bool winograd) {
   ConvTransposeParams p{};
   set_weight(weight, groups, winograd, p);
-  for (int axis = 0; axis < 3 && winograd; ++axis) {
-    p.stride[axis] = (p.kernel[axis] + 1) / 2;
-  }
   return pack_weight(weight, p);
 }
 

@@ -102,16 +102,9 @@ class Kernel {
       : p(params), plan(params, threads, memory), packed_(static_cast<const T*>(packed)) {}
 
   void run(int64_t thread, int64_t threads) {
-    // The output channels change first: they share the block's inputs.
-    const int64_t columns = p.groups * plan.layout.blocks, tasks = plan.blocks.count() * columns;
-    int64_t present = -1;
-    for (int64_t task = tasks * thread / threads; task < tasks * (thread + 1) / threads; ++task) {
-      if (task / columns != present) {
-        present = task / columns;
-        begin(plan.blocks[present]);
-      }
-      compute(task % columns / plan.layout.blocks, task % columns % plan.layout.blocks);
-    }
+    for_each_task(
+        plan.blocks, p.groups, plan.layout.blocks, thread, threads, [&](const Block& outputs) { begin(outputs); },
+        [&](int64_t group, int64_t block) { compute(group, block); });
   }
 
  private:

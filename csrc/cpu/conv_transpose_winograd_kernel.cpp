@@ -9,11 +9,9 @@
 // rounded to bfloat16 would be too coarse. Compiled once per CPU level.
 #include "../conv_transpose.h"
 
-#include <utility>
-
 #include "conv_transpose_blocks.h"
 #include "conv_transpose_inputs.h"
-#include "conv_transpose_weight.h"
+#include "conv_transpose_winograd_weight.h"
 #include "conv_transpose_write.h"
 #include "placed_product.h"
 #include "scratch.h"
@@ -27,68 +25,6 @@ constexpr int64_t kMostInputBytes = 5 << 20;  // of what a block keeps of its in
 constexpr int64_t kSteps = 128;               // of a product whose right operand stays in L1: 32 KiB
 // In three dimensions sums and differences lose more bits: with 128 steps errors are 2.2 times torch's, with 64 1.6.
 constexpr int64_t kStepsInThreeDimensions = 64;
-
-// A dimension that is not there has one place, one phase and one product.
-bool is_absent(const ConvTransposeParams& p, int axis) {
-  return p.kernel[axis] == 1;
-}
-
-int64_t products_of(const ConvTransposeParams& p, int axis) {
-  return is_absent(p, axis) ? 1 : 3 * p.stride[axis];
-}
-
-WeightLayout<float> layout_of(const ConvTransposeParams& p) {
-  return WeightLayout<float>(p, products_of(p, 0) * products_of(p, 1) * products_of(p, 2));
-}
-
-// Weights of the products from the taps along one axis, for each place along the axes before and after it.
-void combine_taps(const ConvTransposeParams& p, int axis, int64_t before, int64_t after, const Vector* taps,
-                  Vector* products) {
-  const int64_t stride = p.kernel[axis] / 2;
-  for (int64_t i = 0; i < before; ++i) {
-    for (int64_t phase = 0; phase < stride; ++phase) {
-      for (int64_t j = 0; j < after; ++j) {
-        const Vector g1 = taps[(2 * i * stride + phase) * after + j];
-        const Vector g0 = taps[((2 * i + 1) * stride + phase) * after + j];
-        Vector* to = products + 3 * (i * stride + phase) * after + j;
-        to[0] = g0 * -1.0f;
-        to[after] = g0 + g1;
-        to[2 * after] = g1;
-      }
-    }
-  }
-}
-
-template <typename scalar_t>
-void pack_block(const ConvTransposeParams& p, const WeightLayout<float>& layout, int64_t group, int64_t block,
-                float* target) {
-  constexpr int64_t kMostTaps = ConvTransposeParams::kMostWinogradTaps, kMostProducts = kMostTaps * 27 / 8;
-  for_each_weight_vector<scalar_t>(
-      p, layout, group, block, [&](int64_t c, int64_t lane, const scalar_t* from, int64_t lanes) {
-        Vector memory[2][kMostProducts];
-        Vector *present = memory[0], *next = memory[1];
-        for (int64_t tap = 0; tap < taps_of(p); tap += kLanes) {
-          Vector taps[kLanes];
-          const int64_t count = least(kLanes, taps_of(p) - tap);
-          read_taps(p, from, tap, count, lanes, taps);
-          for (int64_t i = 0; i < count; ++i) {
-            present[tap + i] = taps[i];
-          }
-        }
-        int64_t before = 1;
-        for (int axis = 0; axis < 3; ++axis) {
-          if (!is_absent(p, axis)) {
-            const int64_t after = axis == 2 ? 1 : p.kernel[2] * (axis == 1 ? 1 : p.kernel[1]);
-            combine_taps(p, axis, before, after, present, next);
-            std::swap(present, next);
-          }
-          before *= products_of(p, axis);
-        }
-        for (int64_t i = 0; i < layout.matrices; ++i) {
-          store(target + (i * layout.depth + c) * layout.width + lane, present[i]);
-        }
-      });
-}
 
 // The outputs of one phase along one axis of a block: tiles of two, or of one where the axis is absent.
 struct Phase {
@@ -149,7 +85,7 @@ struct Plan : Scratch {
   float* lines;      // (kLanes, line_step of the block)
 
   Plan(const ConvTransposeParams& p, int64_t threads, void* memory)
-      : Scratch(memory), layout(layout_of(p)), blocks(p, kMostOutputs, 2) {
+      : Scratch(memory), layout(winograd_layout(p)), blocks(p, kMostOutputs, 2) {
     const int64_t pixel = p.groups * layout.depth;
     for (int64_t outputs = kMostOutputs;
          outputs > 64 && (most_kept(p) * pixel * static_cast<int64_t>(sizeof(float)) > kMostInputBytes ||
@@ -189,16 +125,9 @@ class Kernel {
       : p(params), plan(params, threads, memory), packed_(static_cast<const float*>(packed)) {}
 
   void run(int64_t thread, int64_t threads) {
-    // The output channels change first: they share the block's inputs.
-    const int64_t columns = p.groups * plan.layout.blocks, tasks = plan.blocks.count() * columns;
-    int64_t present = -1;
-    for (int64_t task = tasks * thread / threads; task < tasks * (thread + 1) / threads; ++task) {
-      if (task / columns != present) {
-        present = task / columns;
-        begin(plan.blocks[present]);
-      }
-      compute(task % columns / plan.layout.blocks, task % columns % plan.layout.blocks);
-    }
+    for_each_task(
+        plan.blocks, p.groups, plan.layout.blocks, thread, threads, [&](const Block& outputs) { begin(outputs); },
+        [&](int64_t group, int64_t block) { compute(group, block); });
   }
 
  private:
@@ -419,15 +348,15 @@ class Kernel {
 };
 
 int64_t packed_bytes(const ConvTransposeParams& p) {
-  const WeightLayout<float> layout = layout_of(p);
+  const WeightLayout<float> layout = winograd_layout(p);
   return p.groups * layout.blocks * layout.block_size() * static_cast<int64_t>(sizeof(float));
 }
 
 void pack(const ConvTransposeParams& p, void* packed, int64_t thread, int64_t threads) {
-  const WeightLayout<float> layout = layout_of(p);
+  const WeightLayout<float> layout = winograd_layout(p);
   with_element_type(p.dtype, [&](auto type) {
     pack_share(p, layout, packed, thread, threads, [&](int64_t group, int64_t block, float* target) {
-      pack_block<decltype(type)>(p, layout, group, block, target);
+      pack_winograd_block<decltype(type)>(p, layout, group, block, target);
     });
   });
 }
