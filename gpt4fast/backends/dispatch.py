@@ -14,15 +14,15 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from . import native
 from .aten import attention as aten_attention
 from .aten import conv_transpose as aten_conv_transpose
-from .autograd import needs_grad
+from .autograd import in_forward_mode, in_transform, needs_grad
 from .compiled import attention as compiled_attention
 from .compiled import attention_decode as compiled_attention_decode
 from .compiled import conv_transpose as compiled_conv_transpose
+from .compiled import convolution as compiled_convolution
 from .reference import attention as reference_attention
 from .reference import conv_transpose as reference_conv_transpose
 from .reference.attention_decode import attention_decode as cached_attention
@@ -121,13 +121,9 @@ def native_refusal(tensor: Tensor) -> str | None:
         return f"the native kernels are for CPU tensors, and this one is on {tensor.device}"
     if tensor.dtype == torch.float64:
         return "the native kernels take float32, bfloat16 and float16; float64 runs on the reference"
-    if _forward_mode() or (not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()):
+    if in_transform():
         return "the native kernels have no rules for torch.func and forward-mode differentiation"
     return None
-
-
-def _forward_mode() -> bool:
-    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
 
 
 def _native_attention(call: dict) -> str | None:
@@ -146,7 +142,7 @@ def _native_attention_decode(call: dict) -> str | None:
 
 
 def _torch_attention(call: dict) -> str | None:
-    if _forward_mode():
+    if in_forward_mode():
         return "torch's fused attention has no forward-mode derivative"
     if call["return_lse"]:
         return "torch's attention does not return the log-sum-exp"
@@ -188,14 +184,32 @@ def _prefer_packed_or_cached(call: dict) -> tuple[str, ...]:
     return ("native", "torch", "reference") if call["query"].is_cpu else ("torch", "reference")
 
 
+# Multiply-adds of a convolution. Torch's own autograd costs 60 us less a call.
+FEWEST_PRODUCTS_OF_TRAINING = 1 << 25
+
+
+def convolution_gradients_win(
+    dtype: torch.dtype, input: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, ...], groups: int
+) -> bool:
+    """Whether a gradient of a convolution, computed in dtype, is wanted for which a native kernel is faster."""
+    if not needs_grad(input, weight, bias) or min(stride) == 1 or groups > 1:
+        return False
+    if native_refusal(input) is not None or dtype.is_complex or native.cpu_level() == "scalar":
+        return False
+    pixels = input.shape[0] * input.shape[2:].numel()
+    if pixels * weight.numel() < FEWEST_PRODUCTS_OF_TRAINING:
+        return False
+    wins = compiled_convolution.native_wins(dtype, input, weight, stride)
+    return (wins[0] and input.requires_grad) or (wins[1] and weight.requires_grad)
+
+
 def _prefer_conv_transpose(call: dict) -> tuple[str, ...]:
     input, weight = call["input"], call["weight"]
     channels, outputs = weight.shape[0] // call["groups"], weight.shape[1]
     if PORTABLE or not input.is_cpu:
         return ("torch",)
     if needs_grad(input, weight, call["bias"], call["scale"], call["shift"]):
-        # Torch's own autograd costs 60 us less a call: 1.1 to 1.9 above this many multiply-adds.
-        wins = channels >= 16 and input.numel() * weight[0].numel() >= 1 << 25
+        wins = channels >= 16 and input.numel() * weight[0].numel() >= FEWEST_PRODUCTS_OF_TRAINING  # 1.1 to 1.9 above
         crashes = compiled_conv_transpose.torch_crashes(input, weight, call["padding"], call["dilation"])
         return ("native", "torch") if wins or crashes else ("torch",)
     pixels = input.shape[0] * input.shape[2:].numel()

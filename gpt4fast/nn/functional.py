@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import ops
+from ..backends import dispatch
 from ..backends.compiled import convolution as compiled_convolution
 from ..ops.checks import autocast_dtype, to_tuple, without_autocast
 
@@ -104,21 +105,26 @@ def conv3d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1) 
 
 
 def _convolution(dims: int, input, weight, bias, stride, padding, dilation, groups) -> Tensor:
-    torchs = compiled_convolution.FUNCTIONS[dims]
-    if torch.compiler.is_compiling() or not (
-        _ordinary() and all(t is None or _plain(t) for t in (input, weight, bias))
+    if (
+        torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and _ordinary()
+        and all(t is None or _plain(t) for t in (input, weight, bias))
+        and input.dim() == weight.dim() == dims + 2
+        and type(groups) is int
     ):
-        return torchs(input, weight, bias, stride, padding, dilation, groups)
-    cast = autocast_dtype(input)
-    tensors = [t if cast is None or t is None else t.to(cast) for t in (input, weight, bias)]
-    try:
-        geometry = [to_tuple("", value, dims, least) for value, least in ((stride, 1), (padding, 0), (dilation, 1))]
-    except (TypeError, ValueError):  # a word, or nonsense
-        return torchs(input, weight, bias, stride, padding, dilation, groups)
-    fits = input.dim() == weight.dim() == dims + 2 and type(groups) is int
-    if fits and compiled_convolution.gradients_win(*tensors, geometry[0], groups):
-        return without_autocast(lambda: compiled_convolution.convolution(*tensors, *geometry, groups), input)
-    return torchs(input, weight, bias, stride, padding, dilation, groups)
+        try:
+            geometry = [to_tuple("", n, dims, least) for n, least in ((stride, 1), (padding, 0), (dilation, 1))]
+        except (TypeError, ValueError):
+            pass  # a word, or nonsense
+        else:
+            cast = autocast_dtype(input)
+            dtype = cast or input.dtype
+            same = cast is not None or weight.dtype == dtype
+            if same and dispatch.convolution_gradients_win(dtype, input, weight, bias, geometry[0], groups):
+                tensors = [t if cast is None or t is None else t.to(cast) for t in (input, weight, bias)]
+                return without_autocast(lambda: compiled_convolution.convolution(*tensors, *geometry, groups), input)
+    return compiled_convolution.FUNCTIONS[dims](input, weight, bias, stride, padding, dilation, groups)
 
 
 def _ordinary() -> bool:

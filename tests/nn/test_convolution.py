@@ -116,6 +116,7 @@ def test_what_stays_torchs(used):
     functional.conv2d(x[:1], weight, bias, 2)
     functional.conv2d(x, weight, bias, padding="valid")
     functional.conv2d(x.double(), weight.double(), None, 2)
+    functional.conv2d(x.cfloat(), weight.cfloat(), None, 2).abs().sum().backward()
     torch.func.grad(lambda w: functional.conv2d(x, w, bias, 2).sum())(weight)
     assert not used
     for wrong in (

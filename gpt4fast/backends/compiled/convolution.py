@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import native
-from ..autograd import needs_grad
 from ..reference.conv_transpose import memory_format, output_sizes
 from .conv_transpose import gradients, winograd_wins
 
@@ -32,30 +30,15 @@ def convolution(
     return _Convolution.apply(input, weight, bias, stride, padding, dilation, groups)
 
 
-def gradients_win(input: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, ...], groups: int) -> bool:
-    """Whether a gradient is wanted for which a native kernel is faster than torch's."""
-    if native.cpu_library_error() is not None or native.cpu_level() == "scalar":
-        return False
-    if not input.is_cpu or input.dtype == torch.float64 or weight.dtype != input.dtype or groups > 1:
-        return False
-    if min(stride) == 1 or not needs_grad(input, weight, bias):
-        return False
-    # As for conv_transpose in dispatch.py: below, a call costs more than the kernels save.
-    pixels = input.shape[0] * input.shape[2:].numel()
-    if pixels * weight.numel() < 1 << 25:
-        return False
-    wins = _native_wins(input, weight, stride)
-    return (wins[0] and input.requires_grad) or (wins[1] and weight.requires_grad)
-
-
-def _native_wins(input: Tensor, weight: Tensor, stride: tuple[int, ...]) -> list[bool]:
-    """Whether the native gradient of the input, and that of the weight, is faster than torch's (benchmarks/LOG.md)."""
+def native_wins(dtype: torch.dtype, input: Tensor, weight: Tensor, stride: tuple[int, ...]) -> list[bool]:
+    """Whether the native gradient of the input, and that of the weight, computed in dtype, is faster than torch's
+    (benchmarks/LOG.md)."""
     outputs, inputs = weight.shape[:2]
     if inputs <= 4:
         return [True, False]  # 3.1 to 5.4; 0.2 to 0.4
     if inputs < 16 or outputs < 16:
         return [False, False]
-    if input.dtype == torch.float16:
+    if dtype == torch.float16:
         return [True, True]  # torch has no fast kernel
     # Of the input float32 1.4 to 1.7, bfloat16 1.1 to 1.45 channels first and 0.9 to 1.1 last, with few pixels 0.6; of
     # the weight 1.1 to 1.9, bfloat16 1.1 to 2.7.
@@ -63,7 +46,7 @@ def _native_wins(input: Tensor, weight: Tensor, stride: tuple[int, ...]) -> list
     for step in stride:
         pixels //= step
     first = memory_format(input, weight) == torch.contiguous_format
-    return [pixels >= 1024 and (first or input.dtype == torch.float32), True]
+    return [pixels >= 1024 and (first or dtype == torch.float32), True]
 
 
 class _Convolution(torch.autograd.Function):
@@ -103,6 +86,6 @@ class _Convolution(torch.autograd.Function):
                 grad, input, weight, None, stride, padding, dilation, False, zeros, groups, mask
             )[:2]
 
-        grads = gradients(ours, theirs, _native_wins(input, weight, stride), ctx.needs_input_grad[:2])
+        grads = gradients(ours, theirs, native_wins(input.dtype, input, weight, stride), ctx.needs_input_grad[:2])
         grad_bias = grad.sum([0, *range(2, grad.dim())]) if ctx.needs_input_grad[2] else None
         return *grads, grad_bias, None, None, None, None
