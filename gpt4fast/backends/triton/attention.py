@@ -1,26 +1,20 @@
 """Attention by Triton kernels, with its gradients: FlashAttention-2 (Dao, 2023). Shapes as in the reference.
 
-Never run on a GPU so far: the kernels are tested by Triton's interpreter.
+Never run on a GPU so far: the kernels are tested by Triton's interpreter, and compiled for sm_80, sm_90 and sm_100.
 Triton itself is imported at the first launch.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import os
-
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from ..autograd import needs_grad
 from ..compiled import attention as compiled
 from ..reference.dropout import draw_seed
 from . import attention_config as config
+from .availability import triton_refusal
 
-# Constants, since torch.compile traces through dispatch.
-INSTALLED = importlib.util.find_spec("triton") is not None
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 # Small, so that small tensors have several, and unequal, so that none is taken for the other.
 TILES_OF_INTERPRETER = {
     "forward_tile": {"BLOCK_M": 32, "BLOCK_N": 16},
@@ -33,17 +27,9 @@ WIDEST = 256
 def refusal(call: dict) -> str | None:
     """Why the kernels can't serve a call that ``ops.attention.prepare`` made, or None."""
     query, value, mask, slopes = call["query"], call["value"], call["attn_mask"], call["alibi_slopes"]
-    if not INSTALLED:
-        return "triton is not installed"
-    if not query.is_cuda and not (INTERPRETED and query.is_cpu):
-        return f"the Triton kernels are for CUDA tensors, and this one is on {query.device}"
-    if query.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return "the Triton kernels take float32, bfloat16 and float16; float64 runs on the reference"
-    if query.is_cuda:
-        if torch.version.hip is not None:
-            return "the Triton kernels' tiles are chosen for NVIDIA GPUs"
-        if torch.cuda.get_device_capability(query.device) < (8, 0):
-            return "the Triton kernels need compute capability 8.0 (Ampere)"
+    reason = triton_refusal(query)
+    if reason is not None:
+        return reason
     for name, width in (("head_dim", query.shape[3]), ("value's head_dim", value.shape[3])):
         if width > WIDEST:
             return f"the Triton kernel takes a {name} of at most {WIDEST}, and this one is {width}"
@@ -51,10 +37,6 @@ def refusal(call: dict) -> str | None:
         return "the Triton kernel takes no float64 mask"
     if slopes is not None and needs_grad(slopes):
         return "the Triton kernel gives alibi_slopes no gradient"
-    if not torch.compiler.is_compiling() and (
-        forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
-    ):
-        return "the Triton kernels have no rules for torch.func and forward-mode differentiation"
     return None
 
 

@@ -5,43 +5,26 @@ Never run on a GPU so far: the kernels are tested by Triton's interpreter, and c
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import os
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from ..autograd import needs_grad
 from ..reference.conv_transpose import epilogue, memory_format, output_sizes
 from . import conv_transpose_config as config
+from .availability import triton_refusal
 
-# Constants, since torch.compile traces through dispatch.
-INSTALLED = importlib.util.find_spec("triton") is not None
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 CAPABILITY_OF_INTERPRETER, PROCESSORS_OF_INTERPRETER = (9, 0), 4  # any would do; few processors make few programs
 
 
 def refusal(call: dict) -> str | None:
     """Why the kernels can't serve a call that ``ops.conv_transpose.prepare`` made, or None."""
     input, weight, groups = call["input"], call["weight"], call["groups"]
-    if not INSTALLED:
-        return "triton is not installed"
-    if not input.is_cuda and not (INTERPRETED and input.is_cpu):
-        return f"the Triton kernels are for CUDA tensors, and this one is on {input.device}"
-    if input.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return "the Triton kernels take float32, bfloat16 and float16; float64 runs on the reference"
-    if input.is_cuda:
-        if torch.version.hip is not None:
-            return "the Triton kernels' tiles are chosen for NVIDIA GPUs"
-        if torch.cuda.get_device_capability(input.device) < (8, 0):
-            return "the Triton kernels need compute capability 8.0 (Ampere)"
-    if not torch.compiler.is_compiling() and (
-        forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
-    ):
-        return "the Triton kernels have no rules for torch.func and forward-mode differentiation"
+    reason = triton_refusal(input)
+    if reason is not None:
+        return reason
     sizes = output_sizes(
         input.shape[2:], weight.shape[2:], call["stride"], call["padding"], call["output_padding"], call["dilation"]
     )

@@ -15,10 +15,8 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton import knobs
 
-# The interpreter keeps bfloat16 as integers, and its product would multiply those.
-WIDEN = tl.constexpr(knobs.runtime.interpret)
+from .arithmetic import WIDEN, tanh
 
 
 @triton.jit
@@ -26,15 +24,6 @@ def dot(a, b, sums, PRECISION: tl.constexpr):
     if WIDEN:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, sums, input_precision=PRECISION)
-
-
-@triton.jit
-def tanh(x):
-    far = 1 - 2 / (1 + tl.exp(2 * x))
-    # Near zero the difference would cancel: the series of tanh(x) / x.
-    s = x * x
-    near = 1 + s * (-1 / 3 + s * (2 / 15 + s * (-17 / 315 + s * (62 / 2835))))
-    return tl.where(s < 0.0625, x * near, far)
 
 
 @triton.jit

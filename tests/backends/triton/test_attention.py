@@ -9,12 +9,13 @@ import torch
 import gpt4fast
 from gpt4fast.backends.reference import attention as reference_attention
 from gpt4fast.backends.triton import attention as triton_attention
+from gpt4fast.backends.triton import availability
 from gpt4fast.ops.attention import prepare
 
 pytest.importorskip("triton")
-if not triton_attention.INTERPRETED and not torch.cuda.is_available():
+if not availability.INTERPRETED and not torch.cuda.is_available():
     pytest.skip("neither a GPU nor TRITON_INTERPRET=1", allow_module_level=True)
-DEVICE = "cpu" if triton_attention.INTERPRETED else "cuda"
+DEVICE = "cpu" if availability.INTERPRETED else "cuda"
 DEFAULTS = {
     "attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "query_offset": 0, "kv_lengths": None,
     "kv_starts": None, "window": None, "softcap": 0.0, "alibi_slopes": None, "return_lse": True,

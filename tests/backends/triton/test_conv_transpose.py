@@ -8,15 +8,15 @@ import torch
 from torch.nn import functional as F
 
 from gpt4fast.backends.reference.conv_transpose import ACTIVATIONS, epilogue
+from gpt4fast.backends.triton import availability
 from gpt4fast.backends.triton import conv_transpose as triton_conv_transpose
 from gpt4fast.backends.triton import conv_transpose_config as config
 from gpt4fast.ops.conv_transpose import prepare
 
 pytest.importorskip("triton")
-INTERPRETED = triton_conv_transpose.INTERPRETED
-if not INTERPRETED and not torch.cuda.is_available():
+if not availability.INTERPRETED and not torch.cuda.is_available():
     pytest.skip("neither a GPU nor TRITON_INTERPRET=1", allow_module_level=True)
-DEVICE = "cpu" if INTERPRETED else "cuda"
+DEVICE = "cpu" if availability.INTERPRETED else "cuda"
 TORCH = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -285,9 +285,9 @@ def test_refusals(monkeypatch):
     assert refusal(many, torch.ones(2**16, 1, 1, device=DEVICE), 1, 0, 0, 2**16, 1) is None  # depthwise
     with torch.autograd.forward_ad.dual_level():
         assert "forward-mode" in refusal(input, weight)
-    monkeypatch.setattr(triton_conv_transpose, "INTERPRETED", False)
+    monkeypatch.setattr(availability, "INTERPRETED", False)
     assert refusal(input, weight) is None if DEVICE == "cuda" else "CUDA" in refusal(input, weight)
-    monkeypatch.setattr(triton_conv_transpose, "INSTALLED", False)
+    monkeypatch.setattr(availability, "INSTALLED", False)
     assert "not installed" in refusal(input, weight)
 
 
