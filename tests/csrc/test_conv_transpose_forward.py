@@ -119,7 +119,7 @@ CASES = {
     "winograd": (3, 1, 64, 70, (8, 8), (4, 4), {"stride": 2, "padding": 1, "winograd": True}),
     "winograd, odd sizes": (2, 1, 37, 20, (5, 7), (4, 4), {"stride": 2, "output_padding": 1, "winograd": True}),
     "winograd, one pixel": (2, 1, 40, 20, (1, 1), (4, 6), {"stride": (2, 3), "padding": (1, 2), "winograd": True}),
-    "winograd, groups": (2, 3, 33, 18, (6, 5), (2, 4), {"stride": (1, 2), "padding": 1, "winograd": True}),
+    "winograd, groups": (2, 3, 33, 18, (6, 5), (6, 4), {"stride": (3, 2), "padding": 1, "winograd": True}),
     "winograd, line": (2, 1, 130, 40, (700,), (16,), {"stride": 8, "padding": 4, "winograd": True}),
     "winograd, a line of lines": (
         1,
@@ -131,7 +131,7 @@ CASES = {
         {"stride": (1, 4), "padding": (1, 2), "winograd": True},
     ),
     "winograd, larger volume": (1, 1, 64, 32, (12, 12, 12), (4, 4, 4), {"stride": 2, "padding": 1, "winograd": True}),
-    "winograd, volume": (1, 1, 96, 24, (3, 6, 5), (4, 2, 4), {"stride": (2, 1, 2), "padding": 1, "winograd": True}),
+    "winograd, volume": (1, 1, 96, 24, (3, 6, 5), (4, 4, 4), {"stride": 2, "padding": 1, "winograd": True}),
 }
 
 
@@ -259,12 +259,14 @@ def test_winograd_is_refused_where_it_does_not_apply():
         ((4, 4), {"stride": 2, "dilation": 2}),
         ((1, 4), {"stride": 2}),
         ((1, 1), {}),
+        ((2, 2), {}),
+        ((2, 4), {"stride": (1, 2)}),
         ((2, 34), {"stride": (1, 17)}),
     ):
         input, weight = make_inputs(1, 1, 4, 4, (3, 3), kernel)
         with pytest.raises(RuntimeError, match="expected winograd to be False"):
             convolve(input, weight, **options, winograd=True)
-    for kernel in ((3, 3), (1, 1), (2, 34)):
+    for kernel in ((3, 3), (1, 1), (2, 2), (2, 34)):
         with pytest.raises(RuntimeError, match="expected winograd to be False"):
             torch.ops.gpt4fast.conv_transpose_pack(torch.randn(4, 4, *kernel), 1, True)
 
@@ -400,7 +402,7 @@ def test_random_winograd_calls(data):
     def list_of(name, least, most):
         return draw(st.lists(st.integers(least, most), min_size=dims, max_size=dims), name)
 
-    stride = list_of("stride", 1, (9, 4, 2)[dims - 1])
+    stride = list_of("stride", 2, (9, 4, 2)[dims - 1])
     kernel = [2 * s for s in stride]
     if dims > 1 and draw(st.booleans(), "absent"):
         stride[0] = kernel[0] = 1

@@ -397,3 +397,19 @@ def test_random_calls(case, channels_last):
         got = OPS[dims](input, weight, bias, *geometry, impl=impl)
         assert got.shape == exact.shape
         torch.testing.assert_close(got.double(), exact, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+def test_errors_where_winograd_may_be_taken(dims, stride, needs_native):
+    """At most twice torch's, from as many channels and pixels on as it is taken for."""
+    for channels in (32, 108, 256):
+        x = torch.randn(2, channels, *[(64, 12, 6)[dims - 1]] * dims)
+        weight = torch.nn.Parameter(torch.randn(channels, 24, *[2 * stride] * dims))
+        with torch.no_grad():
+            exact = TORCH[dims](x.double(), weight.double(), None, stride, stride // 2)
+            errors = [
+                (f(x, weight, None, stride, stride // 2, **options).double() - exact).norm()
+                for f, options in ((OPS[dims], {"impl": "native"}), (TORCH[dims], {}))
+            ]
+        assert errors[0] <= 2 * errors[1], channels

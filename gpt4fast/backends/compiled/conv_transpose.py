@@ -69,7 +69,7 @@ def winograd_wins(input: Tensor, weight: Tensor, stride, groups: int, dilation, 
     return (
         channels >= 32 * groups
         and sizes[1] >= 16
-        and all(k == 2 * s and d == 1 for k, s, d in zip(sizes[2:], stride, dilation, strict=True))
+        and all(k == 2 * s and s > 1 and d == 1 for k, s, d in zip(sizes[2:], stride, dilation, strict=True))
         and sizes[2:].numel() <= 64
     )
 
