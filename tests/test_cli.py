@@ -14,6 +14,7 @@ import torch
 from typer.testing import CliRunner
 
 import gpt4fast
+from gpt4fast import doctor
 from gpt4fast.cli import app
 
 
@@ -77,7 +78,7 @@ def test_doctor_tells_versions_machine_and_choices(run):
         "CPU library", "CUDA library", "GPU", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "attention",
     ):  # fmt: skip
         assert text in result.output
-    for choice in gpt4fast.doctor.choices():
+    for choice in doctor.choices():
         assert choice.implementation in ("native", "reference", "torch", "cuda", "triton")
         assert choice.implementation not in choice.reasons
         assert all(choice.reasons.values())
@@ -85,10 +86,10 @@ def test_doctor_tells_versions_machine_and_choices(run):
 
 def test_doctor_follows_the_environment(run, monkeypatch):
     monkeypatch.setenv("GPT4FAST_IMPL", "reference")
-    assert {c.implementation for c in gpt4fast.doctor.choices()} == {"reference"}
+    assert {c.implementation for c in doctor.choices()} == {"reference"}
     monkeypatch.setenv("GPT4FAST_IMPL", "cuda")  # for CUDA tensors alone: the doctor says so, and does not fall over
-    assert {c.implementation for c in gpt4fast.doctor.choices()} == {"none"}
-    assert all("cuda" in c.reasons["error"] for c in gpt4fast.doctor.choices())
+    assert {c.implementation for c in doctor.choices()} == {"none"}
+    assert all("cuda" in c.reasons["error"] for c in doctor.choices())
 
 
 def _saved_generator(folder):
