@@ -16,6 +16,7 @@
 namespace gpt4fast::cpu {
 
 GPT4FAST_KERNEL_OF_LEVELS(ConvTransposeKernel, conv_transpose_kernel)
+GPT4FAST_KERNEL_OF_LEVELS(ConvTransposeKernel, conv_transpose_depthwise_kernel)
 GPT4FAST_KERNEL_OF_LEVELS(ConvTransposeKernel, conv_transpose_few_kernel)
 GPT4FAST_KERNEL_OF_LEVELS(ConvTransposeKernel, conv_transpose_winograd_kernel)
 
@@ -28,7 +29,8 @@ using torch::stable::Tensor;
 constexpr int64_t kLargest = int64_t{1} << 30;
 constexpr int64_t kMostElements = int64_t{1} << 48;
 
-constexpr int64_t kFewOutputs = 4;  // channels of a group that conv_transpose_few_kernel.cpp computes
+constexpr int64_t kFewOutputs = 4;           // channels of a group that conv_transpose_few_kernel.cpp computes
+constexpr int64_t kMostDepthwiseTaps = 128;  // of which conv_transpose_depthwise_kernel.cpp keeps lists
 
 void read_list(const std::vector<int64_t>& values, const char* name, int64_t dims, int64_t least,
                int64_t (&target)[3]) {
@@ -50,15 +52,18 @@ struct Signature {
 };
 
 // A hash of 64 elements, against writes that torch's version counter does not see (weight.data).
-int64_t sample(const Tensor& weight, const ConvTransposeParams& p) {
+int64_t sample(const ConvTransposeParams& p) {
   constexpr int64_t kSamples = 64;
-  const int64_t count = weight.numel(), step = count / kSamples + 1;
+  const int64_t inputs = p.in_channels / (p.is_adjoint ? p.groups : 1);
+  const int64_t outputs = p.out_channels / (p.is_adjoint ? 1 : p.groups);
+  const int64_t sizes[] = {inputs, outputs, p.kernel[0], p.kernel[1], p.kernel[2]};
+  const int64_t count = inputs * outputs * sizes[2] * sizes[3] * sizes[4], step = count / kSamples + 1;
   uint64_t hash = static_cast<uint64_t>(count);
   for (int64_t at = 0; at < count; at += step) {
     int64_t offset = 0, rest = at;
-    for (int64_t axis = weight.dim() - 1; axis >= 0; --axis) {
-      offset += rest % weight.size(axis) * weight.stride(axis);
-      rest /= weight.size(axis);
+    for (int axis = 4; axis >= 0; --axis) {
+      offset += rest % sizes[axis] * p.weight_strides[axis];
+      rest /= sizes[axis];
     }
     const uint64_t bits = p.dtype == ElementType::float32 ? static_cast<const uint32_t*>(p.weight)[offset]
                                                           : static_cast<const uint16_t*>(p.weight)[offset];
@@ -111,13 +116,18 @@ const ConvTransposeKernel& kernel_for(const ConvTransposeParams& p) {
   if (p.is_winograd) {
     return active_conv_transpose_winograd_kernel();
   }
-  return !p.is_adjoint && p.out_channels / p.groups <= kFewOutputs ? active_conv_transpose_few_kernel()
-                                                                   : active_conv_transpose_kernel();
+  if (p.is_adjoint || p.out_channels / p.groups > kFewOutputs) {
+    return active_conv_transpose_kernel();
+  }
+  const bool is_depthwise = p.in_channels == p.groups && p.out_channels == p.groups;
+  return is_depthwise && p.kernel[0] * p.kernel[1] * p.kernel[2] <= kMostDepthwiseTaps
+             ? active_conv_transpose_depthwise_kernel()
+             : active_conv_transpose_few_kernel();
 }
 
 Tensor pack_weight(const Tensor& weight, const ConvTransposeParams& p) {
   const ConvTransposeKernel& kernel = kernel_for(p);
-  const Signature signature = {static_cast<int64_t>(cpu_level()), sample(weight, p)};
+  const Signature signature = {static_cast<int64_t>(cpu_level()), sample(p)};
   const int64_t bytes = kernel.packed_bytes(p);
   const Tensor packed =
       torch::stable::new_empty(weight, {bytes + static_cast<int64_t>(sizeof(signature))}, ScalarType::Byte);
@@ -128,7 +138,7 @@ Tensor pack_weight(const Tensor& weight, const ConvTransposeParams& p) {
   return packed;
 }
 
-bool is_packed_from(const Tensor& packed, const Tensor& weight, const ConvTransposeParams& p) {
+bool is_packed_from(const Tensor& packed, const ConvTransposeParams& p) {
   Signature signature;
   CHECK_CPU(packed);
   CHECK_DIM(packed, 1);
@@ -139,7 +149,7 @@ bool is_packed_from(const Tensor& packed, const Tensor& weight, const ConvTransp
     return false;
   }
   std::memcpy(&signature, static_cast<const char*>(packed.const_data_ptr()) + bytes, sizeof(signature));
-  return signature == Signature{static_cast<int64_t>(cpu_level()), sample(weight, p)};
+  return signature == Signature{static_cast<int64_t>(cpu_level()), sample(p)};
 }
 
 void set_weight(const Tensor& weight, int64_t groups, bool winograd, ConvTransposeParams& p) {

@@ -34,8 +34,7 @@ const ConvTransposeKernel& kernel_for(const ConvTransposeParams& p);
 torch::stable::Tensor pack_weight(const torch::stable::Tensor& weight, const ConvTransposeParams& p);
 
 // Whether it is what pack_weight would give.
-bool is_packed_from(const torch::stable::Tensor& packed, const torch::stable::Tensor& weight,
-                    const ConvTransposeParams& p);
+bool is_packed_from(const torch::stable::Tensor& packed, const ConvTransposeParams& p);
 
 // Computes p.out.
 void run_kernel(const ConvTransposeParams& p, const torch::stable::Tensor& packed, double multiplications);

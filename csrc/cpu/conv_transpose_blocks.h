@@ -9,6 +9,10 @@
 
 namespace gpt4fast::cpu::GPT4FAST_LEVEL {
 
+inline int64_t taps_of(const ConvTransposeParams& p) {
+  return p.kernel[0] * p.kernel[1] * p.kernel[2];
+}
+
 // Where a tap of the kernel lies in the weight of one pair of channels.
 inline int64_t tap_offset(const ConvTransposeParams& p, int64_t tap) {
   return tap / (p.kernel[1] * p.kernel[2]) * p.weight_strides[2] +

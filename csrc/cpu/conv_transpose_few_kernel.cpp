@@ -1,7 +1,6 @@
 // Transposed convolution with few output channels, which would leave most lanes of conv_transpose_kernel.cpp empty.
 // Here lanes are pixels: one product of all taps' weights (taps * channels, input channels) and the inputs
-// (input channels, pixels), whose rows are then added up where the taps overlap. With one input channel too (depthwise)
-// the weights multiply while adding up. Compiled once per CPU level.
+// (input channels, pixels), whose rows are then added up where the taps overlap. Compiled once per CPU level.
 #include "../conv_transpose.h"
 
 #include <algorithm>
@@ -45,13 +44,8 @@ class Kernel {
     for (int64_t task = tasks * thread / threads; task < tasks * (thread + 1) / threads; ++task) {
       group_ = task % p.groups;
       begin(plan.blocks[task / p.groups]);
-      if (is_depthwise()) {
-        copy_plane();
-        with_activation(p.activation, [&](auto activation) { add_up<true>(activation); });
-      } else {
-        multiply_inputs();
-        with_activation(p.activation, [&](auto activation) { add_up<false>(activation); });
-      }
+      multiply_inputs();
+      with_activation(p.activation, [&](auto activation) { add_up(activation); });
     }
   }
 
@@ -65,25 +59,6 @@ class Kernel {
     if (!is_like_last) {
       find_columns();
       find_meetings();
-    }
-  }
-
-  bool is_depthwise() const { return plan.layout.inputs == 1 && plan.layout.outputs == 1; }
-
-  // Depthwise: the group's weights and inputs in float32.
-  void copy_plane() {
-    for (int64_t tap = 0; tap < plan.layout.taps; ++tap) {
-      plan.weights[tap] = to_float(packed_ + (group_ * plan.layout.taps + tap) * plan.depth);
-    }
-    const int64_t lines = inputs_.count[0] * inputs_.count[1] * inputs_.count[2];
-    float* to = plan.products;
-    store(to - kLanes, Vector{});
-    for (int64_t line = 0; line < lines; ++line, to += inputs_.count[3] + kLanes) {
-      for_each_run(line * inputs_.count[3], inputs_.count[3],
-                   [&](const scalar_t* source, int64_t pixel, int64_t count) {
-                     pack_row(source, p.input_strides[4], count, count, to + pixel - line * inputs_.count[3]);
-                   });
-      store(to + inputs_.count[3], Vector{});
     }
   }
 
@@ -204,7 +179,7 @@ class Kernel {
     }
   }
 
-  template <bool kDepthwise, typename Activation>
+  template <typename Activation>
   void add_up(Activation activation) {
     const int64_t outputs = plan.layout.outputs, image_size = p.out_size[0] * p.out_size[1] * p.out_size[2];
     for (int64_t image = 0; image < outputs_.count[0]; ++image) {
@@ -212,7 +187,7 @@ class Kernel {
         for (int64_t h = 0; h < outputs_.count[2]; ++h) {
           const int64_t rows = find_tap_rows(image, d, h);
           for (int64_t c = 0; c < outputs; ++c) {
-            add_line<kDepthwise>(rows, c, activation);
+            add_line(rows, c, activation);
           }
           const int64_t position =
               ((outputs_.first[1] + d) * p.out_size[1] + outputs_.first[2] + h) * p.out_size[2] + outputs_.first[3];
@@ -229,8 +204,7 @@ class Kernel {
       const int64_t in_d = input_of(0, i, d);
       for (int64_t j = 0; in_d >= 0 && j < plan.meetings[h]; ++j) {
         const int64_t line = (image * inputs_.count[1] + in_d) * inputs_.count[2] + meeting[j].input;
-        const int64_t length = inputs_.count[3] + (is_depthwise() ? kLanes : 0);
-        *row++ = {(i * p.kernel[1] + meeting[j].tap) * p.kernel[2], plan.products + line * length};
+        *row++ = {(i * p.kernel[1] + meeting[j].tap) * p.kernel[2], plan.products + line * inputs_.count[3]};
       }
     }
     return row - plan.tap_rows;
@@ -244,7 +218,7 @@ class Kernel {
   }
 
   // One channel's outputs of a line.
-  template <bool kDepthwise, typename Activation>
+  template <typename Activation>
   void add_line(int64_t rows, int64_t c, Activation activation) {
     const int64_t channel = group_ * plan.layout.outputs + c, stride = p.stride[2], count = outputs_.count[3];
     const Vector scale = broadcast(p.scale[channel]), offset = broadcast(p.offset[channel]);
@@ -252,7 +226,7 @@ class Kernel {
     for (int64_t i = 0; i * stride < count; i += kLanes) {
       Vector even = {};
       for (int64_t phase = 0; phase < plan.phases; ++phase) {
-        const Vector sums = add_phase<kDepthwise>(rows, c, phase, i);
+        const Vector sums = add_phase(rows, c, phase, i);
         const Vector value = activation(multiply_add(sums, scale, offset), p.negative_slope);
         if (stride == 1) {
           store(line + i, value);
@@ -275,7 +249,6 @@ class Kernel {
   }
 
   // Outputs [start, start + kLanes) of one phase of a line.
-  template <bool kDepthwise>
   [[gnu::always_inline]] Vector add_phase(int64_t rows, int64_t c, int64_t phase, int64_t start) const {
     Vector sums = {};
     for (int64_t row = 0; row < rows; ++row) {
@@ -288,13 +261,9 @@ class Kernel {
         }
         const int64_t tap = taps.tap + column.tap;
         const float* addends = taps.inputs + column.input + from;
-        if constexpr (kDepthwise) {
-          sums = multiply_add(load(addends), broadcast(plan.weights[tap]), sums);
-        } else {
-          const Vector more = sums + load(addends + (tap * plan.layout.outputs + c) * plan.pixels);
-          const bool whole = from >= 0 && from + kLanes <= column.count;
-          sums = whole ? more : select(lanes_between(-from, column.count - from), more, sums);
-        }
+        const Vector more = sums + load(addends + (tap * plan.layout.outputs + c) * plan.pixels);
+        const bool whole = from >= 0 && from + kLanes <= column.count;
+        sums = whole ? more : select(lanes_between(-from, column.count - from), more, sums);
       }
     }
     return sums;

@@ -38,7 +38,7 @@ struct MeetingRow {
 // The same for a line of outputs in all dimensions.
 struct TapRow {
   int64_t tap;          // its first
-  const float* inputs;  // or products with its first tap's weight
+  const float* inputs;  // products with its first tap's weight
 };
 
 template <typename scalar_t>
@@ -48,11 +48,9 @@ struct FewPlan : Scratch {
   FewLayout layout;
   int64_t depth;
   Blocks blocks;
-  int64_t rows;            // of products: 1 if depthwise
   int64_t pixels;          // between rows of products
   T* panel;                // (depth / kDepth, kPanel, kDepth)
-  float* products;         // (rows, pixels); depthwise: the inputs themselves, with kLanes zeros around each line
-  float* weights;          // (taps), depthwise
+  float* products;         // (layout.rows(), pixels)
   float* lines;            // (outputs, line_length): finished
   Column* columns;         // (kernel W), by phases
   int64_t* first_columns;  // (phases + 1)
@@ -66,24 +64,21 @@ struct FewPlan : Scratch {
       : Scratch(memory),
         layout(p),
         depth(padded_depth<T>(layout.inputs)),
-        blocks(p, p.batch * p.out_size[0] * p.out_size[1] * p.out_size[2]),
-        rows(layout.inputs == 1 && layout.outputs == 1 ? 1 : layout.rows()) {
+        blocks(p, p.batch * p.out_size[0] * p.out_size[1] * p.out_size[2]) {
+    const int64_t rows = layout.rows();
     for (int64_t outputs = blocks.largest().size();
          outputs > 64 && (blocks.most_inputs() * rows > kMostProducts || blocks.count() * p.groups < threads);) {
       outputs /= 2;
       blocks = Blocks(p, outputs);
     }
     // No power of 2 apart, or all rows would share a few lines of the caches: 1.3 times as fast.
-    const int64_t width = blocks.most_inputs(2);
-    const int64_t padded = blocks.most_inputs() / width * (width + (rows == 1 ? kLanes : 0));
-    pixels = round_up(padded, 64) + 16;
+    pixels = round_up(blocks.most_inputs(), 64) + 16;
     // With a stride of 2 always both, which are interleaved.
     phases = p.stride[2] == 2 ? 2 : least(p.stride[2], blocks.largest().count[3]);
     line_length = (round_up(divide_up(blocks.largest().count[3], phases), kLanes) + kLanes) * phases;
     take(panel, depth * kPanel);
     take(products, rows * pixels + 2 * kLanes);  // around them is read what means nothing
     products += kLanes;
-    take(weights, rows == 1 ? layout.taps : 0);
     take(lines, layout.outputs * line_length);
     take(columns, p.kernel[2]);
     take(first_columns, phases + 1);

@@ -33,10 +33,6 @@ struct WeightLayout {
   int64_t channels(int64_t block) const { return least(width, group_outputs - block * width); }
 };
 
-inline int64_t taps_of(const ConvTransposeParams& p) {
-  return p.kernel[0] * p.kernel[1] * p.kernel[2];
-}
-
 // Reads `count` taps, from tap `first` on, of one input channel: for each a vector of `lanes` output channels.
 template <typename scalar_t>
 void read_taps(const ConvTransposeParams& p, const scalar_t* from, int64_t first, int64_t count, int64_t lanes,

@@ -216,10 +216,8 @@ def _prefer_conv_transpose(call: dict) -> tuple[str, ...]:
     channels_last = memory_format(input, weight) != torch.contiguous_format
     if input.dtype == torch.float16:
         wins = True  # torch has no fast kernel: 1.3 to 50
-    elif channels == outputs == 1:
-        wins = not channels_last or input.dtype == torch.bfloat16  # 2 to 8; channels last in float32 1.1
     elif outputs <= 4:
-        wins = True  # 2.5 to 3.5
+        wins = True  # 2.5 to 3.5; depthwise 1.1 to 20
     elif type(weight) is not torch.nn.Parameter and pixels < 256:
         wins = False  # a weight that is no parameter is packed at every call: 0.4 to 0.9
     else:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from ..backends import dispatch
+from ..backends.autograd import in_transform
+from ..backends.compiled import conv_transpose as compiled_conv_transpose
 from ..backends.reference.conv_transpose import ACTIVATIONS
 from .checks import (
     autocast_dtype,
@@ -71,21 +76,20 @@ def _define(dims: int):
         negative_slope: float = 0.01,
         impl: str | None = None,
     ) -> Tensor:
+        tensors = input, weight, bias, scale, shift
+        settings = stride, padding, output_padding, groups, dilation, activation, negative_slope
+        key = _key(dims, tensors, settings, impl)
+        bound = _BOUND.get(key)
+        if bound is not None:
+            return bound(*tensors)
         call = prepare(
-            dims,
-            input,
-            weight,
-            bias,
-            stride,
-            padding,
-            output_padding,
-            groups,
-            dilation,
-            scale,
-            shift,
-            activation,
+            dims, input, weight, bias, stride, padding, output_padding, groups, dilation, scale, shift, activation,
             negative_slope,
-        )
+        )  # fmt: skip
+        if key is not None and dispatch.choose(dispatch.CONV_TRANSPOSE, impl, call) == "native":
+            if len(_BOUND) >= _MOST_BOUND:
+                _BOUND.clear()
+            _BOUND[key] = compiled_conv_transpose.bind(call)
         return run(call, input, dims, impl)
 
     conv_transpose.__name__ = conv_transpose.__qualname__ = f"conv_transpose{dims}d"
@@ -96,6 +100,40 @@ def _define(dims: int):
 conv_transpose1d = _define(1)
 conv_transpose2d = _define(2)
 conv_transpose3d = _define(3)
+
+
+# To check a call and to choose its implementation takes 15 us, more than the kernel for one small image: native calls
+# without gradients are kept, by all that both depend on.
+_BOUND: dict[tuple, Callable[..., Tensor]] = {}
+_MOST_BOUND = 1024  # calls: more are lengths that come and go
+
+
+def _key(dims: int, tensors: tuple[Tensor | None, ...], settings: tuple, impl: str | None) -> tuple | None:
+    """What a call depends on but for the numbers in its tensors; None if that is more than is looked at here."""
+    if torch.compiler.is_compiling() or in_transform() or torch.is_autocast_enabled("cpu"):
+        return None
+    for setting in settings:  # True and 2.0 are refused, but equal to 1 and 2
+        if type(setting) is tuple:
+            if not all(type(n) is int for n in setting):
+                return None
+        elif type(setting) not in _PLAIN_SETTINGS:
+            return None
+    tracks_gradients, parts = torch.is_grad_enabled(), []
+    for tensor in tensors:
+        if tensor is None:
+            parts.append(None)
+            continue
+        if type(tensor) not in _PLAIN_TENSORS or tensor.layout is not torch.strided or tensor.is_nested:
+            return None
+        if not tensor.is_cpu or (tracks_gradients and tensor.requires_grad):
+            return None
+        parts.append((type(tensor), tensor.dtype, tensor.shape, tensor.stride(), tensor.is_inference()))
+    types = tuple(map(type, settings))
+    return (dims, impl, os.environ.get("GPT4FAST_IMPL"), settings, types, *parts)
+
+
+_PLAIN_SETTINGS = (int, float, str, type(None))
+_PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
 
 
 def run(call: dict, input: Tensor, dims: int, impl: str | None) -> Tensor:

@@ -15,7 +15,7 @@ from gpt4fast.backends import dispatch
 
 
 @pytest.fixture
-def calls(monkeypatch) -> list[str]:
+def calls(monkeypatch, every_call_dispatched) -> list[str]:
     """The ops that were dispatched, by name."""
     names = []
     run = dispatch.run

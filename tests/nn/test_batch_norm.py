@@ -32,7 +32,9 @@ def test_values_and_gradients(activation, dtype, level):
     for shape in SHAPES.values():
         x = (torch.randn(shape) * 3 + 50).to(dtype)  # far from 0: a plain sum of squares would cancel out
         leaves = [x, *(torch.randn(shape[1]).to(dtype) for _ in range(2))]
-        grad = torch.randn(shape).to(dtype)
+        # A gradient at a kink is decided by rounding.
+        is_kink = plain(*(t.double() for t in leaves), None).abs() < 1e-3
+        grad = torch.randn(shape).to(dtype).masked_fill(is_kink, 0.0)
 
         def run(function, dtype, leaves=leaves, grad=grad):
             inputs = [t.detach().to(dtype).requires_grad_() for t in leaves]

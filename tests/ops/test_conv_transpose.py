@@ -386,6 +386,58 @@ def random_calls(draw):
     )
 
 
+def test_repeated_calls_are_looked_at_again_where_anything_differs(needs_native, monkeypatch):
+    """What is kept of a call serves exactly those that differ in values alone."""
+    x, x3 = torch.randn(2, 2, 32, 12, 16)  # enough pixels for the native kernel whatever the weight
+    weight, bias = torch.nn.Parameter(torch.randn(32, 20, 4, 4)), torch.randn(20)
+
+    def check(x, weight=weight, *geometry, **options):
+        ours = gpt4fast.conv_transpose2d(x, weight, bias.to(x.dtype), *geometry, **options)
+        expected = F.conv_transpose2d(x.double(), weight.double(), bias.double(), *geometry)
+        expected = F.silu(expected)
+        assert ours.dtype == x.dtype
+        torch.testing.assert_close(ours.double(), expected, rtol=2e-2, atol=2e-2 if x.dtype == torch.bfloat16 else 1e-4)
+        return ours
+
+    silu = {"activation": "silu"}
+    with torch.no_grad():
+        check(x, weight, 2, 1, **silu)
+        check(x3, weight, 2, 1, **silu)
+        weight.mul_(2)
+        check(x, weight, 2, 1, **silu)
+        check(x[0], weight, 2, 1, **silu)
+        check(x, weight, 1, 1, **silu)
+        check(x, weight, (2, 1), 1, **silu)
+        last = check(x.contiguous(memory_format=torch.channels_last), weight, 2, 1, **silu)
+        assert last.is_contiguous(memory_format=torch.channels_last)
+        check(x[..., ::2], weight, 2, 1, **silu)
+        check(x[:, :, :3], weight, 2, 1, **silu)
+        check(x, weight.detach(), 2, 1, **silu)
+        check(x.bfloat16(), weight.bfloat16(), 2, 1, **silu)
+        check(x.double(), weight.double(), 2, 1, **silu)
+        for wrong in (2.0, True):
+            with pytest.raises(TypeError, match="stride must be"):
+                gpt4fast.conv_transpose2d(x, weight, bias, wrong, 1, **silu)
+        with pytest.raises(ValueError, match="bias must have shape"):
+            gpt4fast.conv_transpose2d(x, weight, bias[:-1], 2, 1, **silu)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert gpt4fast.conv_transpose2d(x, weight, bias, 2, 1, **silu).dtype == torch.bfloat16
+        monkeypatch.setenv("GPT4FAST_IMPL", "cuda")
+        with pytest.raises(RuntimeError, match="can't run on the requested"):
+            gpt4fast.conv_transpose2d(x, weight, bias, 2, 1, **silu)
+        monkeypatch.delenv("GPT4FAST_IMPL")
+        with pytest.raises(RuntimeError, match="can't run on the requested"):
+            gpt4fast.conv_transpose2d(x, weight, bias, 2, 1, **silu, impl="cuda")
+    (gradient,) = torch.autograd.grad(check(x, weight, 2, 1, **silu).sum(), weight)
+    (expected,) = torch.autograd.grad(F.silu(F.conv_transpose2d(x, weight, bias, 2, 1)).sum(), weight)
+    torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-3)
+    weight = weight.detach()
+    check(x, weight, 2, 1, **silu)
+    _, tangent = torch.func.jvp(lambda x: gpt4fast.conv_transpose2d(x, weight, bias, 2, 1, **silu), (x,), (x3,))
+    _, expected = torch.func.jvp(lambda x: F.silu(F.conv_transpose2d(x, weight, bias, 2, 1)), (x,), (x3,))
+    torch.testing.assert_close(tangent, expected, rtol=1e-3, atol=1e-3)
+
+
 @given(random_calls(), st.booleans())
 def test_random_calls(case, channels_last):
     (input, weight, bias), geometry = operands(case, torch.float32)

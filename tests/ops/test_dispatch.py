@@ -26,7 +26,7 @@ def cached():
 
 
 @pytest.fixture
-def runs(monkeypatch):
+def runs(monkeypatch, every_call_dispatched):
     """Records the implementations that really compute."""
     seen = []
     for op in (

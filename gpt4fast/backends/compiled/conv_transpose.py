@@ -3,7 +3,7 @@ rules and gradients."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -33,24 +33,37 @@ def conv_transpose(
 
     Where a gradient is wanted, the epilogue is torch's: its derivatives need what stands between.
     """
-    channels_last = memory_format(input, weight) != torch.contiguous_format
-    geometry = stride, padding, output_padding, groups, dilation
+    settings = stride, padding, output_padding, groups, dilation
     has_epilogue = scale is not None or shift is not None or activation is not None
     if has_epilogue and needs_grad(input, weight, bias, scale, shift):
-        output = _run(input, weight, bias, *geometry, None, None, "none", 0.0, channels_last)
+        output = _bind(input, weight, settings, None, 0.0)(input, weight, bias, None, None)
         return epilogue(output, scale, shift, activation, negative_slope).to(output.dtype)
-    return _run(input, weight, bias, *geometry, scale, shift, activation or "none", negative_slope, channels_last)
+    return _bind(input, weight, settings, activation, negative_slope)(input, weight, bias, scale, shift)
 
 
-def _run(
-    input: Tensor, weight: Tensor, bias: Tensor | None, stride, padding, output_padding, groups, dilation, *rest
-) -> Tensor:
+def bind(call: dict) -> Callable[..., Tensor]:
+    """``conv_transpose`` for other tensors like a call's that wants no gradient: a function of (input, weight, bias,
+    scale, shift), of which an unbatched input gives an unbatched output."""
+    settings = [call[name] for name in ("stride", "padding", "output_padding", "groups", "dilation")]
+    return _bind(call["input"], call["weight"], settings, call["activation"], call["negative_slope"])
+
+
+def _bind(input: Tensor, weight: Tensor, settings: Sequence, activation: str | None, negative_slope: float):
+    stride, *_, groups, dilation = settings
+    dims, channels_last = len(stride) + 2, memory_format(input, weight) != torch.contiguous_format
     kept = is_kept(weight)
     winograd = winograd_wins(input, weight, stride, groups, dilation, kept)
-    packed = packed_weight(weight, groups, winograd) if kept else None
-    return torch.ops.gpt4fast.conv_transpose_forward(
-        input, weight, bias, stride, padding, output_padding, groups, dilation, *rest, packed, winograd
-    )
+    last = activation or "none", negative_slope, channels_last
+
+    def run(input: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+        packed = packed_weight(weight, groups, winograd) if kept else None
+        images = input if input.dim() == dims else input.unsqueeze(0)
+        output = torch.ops.gpt4fast.conv_transpose_forward(
+            images, weight, bias, *settings, scale, shift, *last, packed, winograd
+        )
+        return output if images is input else output.squeeze(0)
+
+    return run
 
 
 def winograd_wins(input: Tensor, weight: Tensor, stride, groups: int, dilation, kept: bool) -> bool:
