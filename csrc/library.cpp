@@ -38,5 +38,8 @@ STABLE_TORCH_LIBRARY(gpt4fast, m) {
       "batch_norm_activation_backward(Tensor grad_out, Tensor input, Tensor weight, Tensor bias, Tensor mean, "
       "Tensor rstd, str activation, float negative_slope) -> (Tensor grad_input, Tensor grad_weight, "
       "Tensor grad_bias)");
+  m.def(
+      "channel_norm_activation(Tensor input, Tensor weight, Tensor bias, float eps, str activation, "
+      "float negative_slope) -> Tensor");
   m.def("issue_rate_loop(bool bfloat16, int steps) -> int");
 }

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import gpt4fast
 
+from ..backends.compiled.channel_norm import channel_norm
 from ..nn import functional
 from ..nn.batch_norm import normalize
 from . import shapes
@@ -130,7 +131,7 @@ def _network(cell: ConvTransposeCell, impl: str | None) -> shapes.Network:
             if not fused and layer.norm == "batch":
                 x = normalize(norm_of(p, x), x, layer.activation, 0.0)
             elif not fused:
-                x = shapes.ACTIVATIONS[layer.activation](shapes.normalize(x, layer, p, cell.backward))
+                x = channel_norm(x, p["gamma"], p["beta"], 1e-6, layer.activation, 0.0)
         return x
 
     norms: dict[int, nn.Module] = {}

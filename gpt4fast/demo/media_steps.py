@@ -111,7 +111,7 @@ def networks(run: Run) -> dict:
     parts = gpt4fast.explain(gpt4fast.optimize(plain))
     lines = [
         f"{row.part:<10} {row.runs_on.removeprefix('gpt4fast.') + ', ' if '.' in row.runs_on else '  '}"
-        f"{row.why.replace('computed by the convolution before it', 'in the call above')}"
+        f"{row.why.replace('computed by the module before it', 'in the call above')}"
         for row in parts
     ]
     return {

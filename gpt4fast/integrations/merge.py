@@ -1,4 +1,5 @@
-"""Transposed convolution, batch norm and activation that stand together in a Sequential, computed in one pass."""
+"""Transposed convolution, batch norm and activation that stand together in a Sequential, computed in one pass; so are a
+layer norm over channels and its activation."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from .. import nn as fast_nn
 from ..nn.conv_transpose import inference_affine
+from .channel_norms import ChannelNorm
 from .swap import Swapped, swap_refusal
 
 CONV_TRANSPOSE = {
@@ -53,7 +55,7 @@ class Run:
 
     sequential: nn.Sequential
     keys: list[str]
-    conv: nn.Module
+    conv: nn.Module  # or a layer norm over channels
     norm: nn.Module | None = None
     activation: nn.Module | None = None
 
@@ -72,7 +74,7 @@ def find_runs(sequential: nn.Sequential, shared: Set[nn.Module] = frozenset()) -
     runs: list[Run] = []
     for key, module in sequential._modules.items():
         last = runs[-1] if runs else None
-        if last is None or not is_conv(last.conv) or merge_refusal(last.conv, shared) is not None:
+        if last is None or not _takes_followers(last.conv) or merge_refusal(last.conv, shared) is not None:
             runs.append(Run(sequential, [key], module))
             continue
         if last.norm is last.activation is None and fits(last.conv, module) and not merge_refusal(module, shared):
@@ -86,6 +88,10 @@ def find_runs(sequential: nn.Sequential, shared: Set[nn.Module] = frozenset()) -
     return runs
 
 
+def _takes_followers(module: nn.Module) -> bool:
+    return is_conv(module) or (isinstance(module, ChannelNorm) and module.merged[0] is None)
+
+
 def is_conv(module: nn.Module) -> bool:
     if type(module) in FAST_CONV_TRANSPOSE:
         return module.norm is None and module.activation is None
@@ -95,7 +101,8 @@ def is_conv(module: nn.Module) -> bool:
 def fits(conv: nn.Module, norm: nn.Module) -> bool:
     """Whether ``norm`` is a batch norm with running statistics for the output of ``conv``."""
     return (
-        type(norm) is (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[len(conv.kernel_size) - 1]
+        is_conv(conv)
+        and type(norm) is (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[len(conv.kernel_size) - 1]
         and norm.running_mean is not None
         and norm.num_features == conv.out_channels
         and norm.running_mean.device == conv.weight.device
@@ -119,14 +126,14 @@ def _slope(activation: nn.Module | None) -> float:
 
 
 class Merged(nn.Identity):
-    """Stands where a module was that is now computed by the transposed convolution before it."""
+    """Stands where a module was that is now computed by the one before it."""
 
     def __init__(self, what: str) -> None:
         super().__init__()
         self.what = what
 
     def extra_repr(self) -> str:
-        return f"{self.what}, computed by the convolution before it"
+        return f"{self.what}, computed by the module before it"
 
 
 def swap_conv(conv: nn.Module) -> None:
@@ -141,7 +148,9 @@ def merge(run: Run) -> None:
     swap_conv(run.conv)
     if run.norm is not None:
         _fold(run.conv, run.norm)
-    if run.activation is not None:
+    if isinstance(run.conv, ChannelNorm):
+        run.conv.merged = activation_name(run.activation), _slope(run.activation)
+    elif run.activation is not None:
         run.conv.activation, run.conv.negative_slope = activation_name(run.activation), _slope(run.activation)
     followers = [module for module in (run.norm, run.activation) if module is not None]
     for key, module in zip(run.keys[1:], followers, strict=True):

@@ -11,6 +11,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from .. import nn as fast_nn
 from .callers import FastForward, calls_routed, hidden_callers
+from .channel_norms import ChannelNorm, is_channel_norm
 from .merge import (
     CONV_TRANSPOSE,
     FAST_CONV_TRANSPOSE,
@@ -33,6 +34,8 @@ def optimize(model: nn.Module, *, training: bool = False, example_inputs: object
     """A new model that computes the same, faster; ``model`` itself is not changed.
 
     - In an ``nn.Sequential``, a transposed convolution and the batch norm and activation after it run in one pass.
+    - Layer norms over channels (``LayerNorm2d`` of any library) run in one pass, with the activation behind them, at
+      inference.
     - Other transposed convolutions and ``nn.MultiheadAttention`` (where weights are not asked for) run on gpt4fast.
     - Modules whose ``forward`` calls ``scaled_dot_product_attention`` or ``conv_transpose*`` run under ``fast_ops()``.
     - For training, convolutions with a stride have their gradients from the kernels of transposed convolution.
@@ -59,6 +62,9 @@ def optimize(model: nn.Module, *, training: bool = False, example_inputs: object
     fast = copy.deepcopy(model, _kept(model, parameters=not folds))
     if not training:
         fast.eval()
+        for module in fast.modules():
+            if is_channel_norm(module):
+                module.__class__ = subclass(ChannelNorm, type(module))
         for run in list(all_runs(fast)):
             merge(run)
     for sequential in {run.sequential for run in all_runs(fast)}:
@@ -180,6 +186,11 @@ def _explain_module(module: nn.Module) -> tuple[str, str] | None:
         return _op_name(module), f"with {' and '.join(extras)} in the same pass" if extras else "transposed convolution"
     if isinstance(module, Merged):
         return "gpt4fast", module.extra_repr()
+    if isinstance(module, ChannelNorm):
+        activation = module.merged[0]
+        return "gpt4fast", "layer norm over channels" + (f" with {activation} in the same pass" if activation else "")
+    if is_channel_norm(module):
+        return "torch", f"{_WOULD_TAKE}, at inference"
     if isinstance(module, fast_nn.MultiheadAttention):
         return "gpt4fast.attention", "torch's formula where weights are asked for"
     if isinstance(module, FastForward) and isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):

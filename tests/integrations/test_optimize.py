@@ -204,6 +204,82 @@ def test_training_follows_torch(name) -> None:
     torch.testing.assert_close(twin.eval()(x), fast(x), rtol=1e-4, atol=1e-5)  # one set of statistics
 
 
+class LayerNorm2d(nn.Module):
+    """As Segment Anything writes it."""
+
+    def __init__(self, channels: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(channels)), nn.Parameter(torch.randn(channels))
+        self.eps = eps
+
+    def forward(self, x):
+        mean = x.mean(1, keepdim=True)
+        variance = (x - mean).pow(2).mean(1, keepdim=True)
+        x = (x - mean) / torch.sqrt(variance + self.eps)
+        return self.weight[:, None, None] * x + self.bias[:, None, None]
+
+
+class LayerNormOfImages(nn.LayerNorm):
+    """As timm and torchvision do."""
+
+    def forward(self, x):
+        return F.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps).movedim(
+            -1, 1
+        )
+
+
+class LayerNormUnbiased(LayerNorm2d):
+    def forward(self, x):
+        std, mean = torch.std_mean(x, 1, keepdim=True)
+        return self.weight[:, None, None] * (x - mean) / (std + self.eps) + self.bias[:, None, None]
+
+
+class LayerNormOfRows(nn.LayerNorm):
+    pass
+
+
+def upscaling(norm: nn.Module) -> nn.Module:
+    """Of Segment Anything's mask decoder."""
+    return nn.Sequential(
+        nn.ConvTranspose2d(16, 12, 2, 2), norm, nn.GELU(), nn.ConvTranspose2d(12, 6, 2, 2), nn.GELU()
+    ).eval()
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("norm", [LayerNorm2d, LayerNormOfImages])
+def test_layer_norms_over_channels(norm, dtype, layout, needs_native) -> None:
+    model = upscaling(norm(12)).to(dtype)
+    fast = gpt4fast.optimize(model)
+    rows = {row.part: (row.runs_on, row.why) for row in gpt4fast.explain(fast)}
+    assert rows["1"] == ("gpt4fast", "layer norm over channels with gelu in the same pass")
+    assert rows["2"] == ("gpt4fast", "GELU, computed by the module before it")
+    assert "optimize() would take it, at inference" in str(gpt4fast.explain(model))
+    assert isinstance(fast[1], norm) and list(fast.state_dict()) == list(model.state_dict())
+    assert type(pickle.loads(pickle.dumps(fast))[1]) is type(fast[1])
+    for size in (9, 40):
+        x = torch.randn(2, 16, size, size).to(dtype).to(memory_format=layout)
+        exact = copy.deepcopy(model).double()(x.double())
+        with torch.no_grad():
+            ours, torchs = fast(x), model(x)
+        # its rounding before the next convolution differs where a half type is normalized in float32
+        allowed = 2 * (torchs - exact).norm() + 4 * torch.finfo(dtype).eps * exact.norm()
+        assert (ours - exact).norm() <= allowed
+    x = torch.randn(2, 16, 9, 9).to(dtype)
+    grads = [torch.autograd.grad(m(x).square().sum(), [p for p in m.parameters()]) for m in (fast, model)]
+    for ours, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=0.1 if dtype == torch.bfloat16 else 1e-3, atol=0.5)
+
+
+def test_what_only_sounds_like_a_layer_norm_over_channels_stays() -> None:
+    for norm in (LayerNormUnbiased(12), LayerNormOfRows(12), nn.LayerNorm(12), LayerNormOfRows(12, bias=False)):
+        fast = gpt4fast.optimize(upscaling(norm))
+        assert type(fast[1]) is type(norm)
+        assert not isinstance(fast[2], Merged)
+    trainable = gpt4fast.optimize(upscaling(LayerNorm2d(12)), training=True)
+    assert type(trainable[1]) is LayerNorm2d
+
+
 def test_what_becomes_of_a_sequential() -> None:
     model = dcgan()
     fast, trainable = gpt4fast.optimize(model), gpt4fast.optimize(model, training=True)
@@ -489,7 +565,7 @@ def test_explain_before_and_after() -> None:
     folded = gpt4fast.explain(gpt4fast.optimize(model))
     after = {row.part: (row.runs_on, row.why) for row in folded}
     assert after["0.0"] == ("gpt4fast.conv_transpose2d", "with relu in the same pass")
-    assert after["0.1"] == ("gpt4fast", "BatchNorm2d, computed by the convolution before it")
+    assert after["0.1"] == ("gpt4fast", "BatchNorm2d, computed by the module before it")
     assert after["2"] == ("fast_ops()", "its forward calls attention or transposed convolution")
     trained = {row.part: (row.runs_on, row.why) for row in gpt4fast.explain(gpt4fast.optimize(model, training=True))}
     late = "BatchNorm2d and ReLU in the same pass; the norm is torch's while in training mode"
