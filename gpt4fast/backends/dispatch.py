@@ -29,6 +29,7 @@ from .reference.attention_decode import attention_decode as cached_attention
 from .reference.attention_varlen import attention_varlen as padded_attention
 from .reference.conv_transpose import memory_format
 from .triton import attention as triton_attention
+from .triton import attention_decode as triton_attention_decode
 from .triton import conv_transpose as triton_conv_transpose
 
 # Constants, since torch.compile traces through this file.
@@ -245,6 +246,7 @@ ATTENTION_VARLEN = Op(
     "attention_varlen",
     {
         "native": Candidate(compiled_attention.attention_varlen, _native_attention),
+        "triton": Candidate(triton_attention.attention_varlen, triton_attention.refusal),
         "reference": Candidate(partial(padded_attention, reference_attention.attention), _never),
         "torch": Candidate(partial(padded_attention, aten_attention.attention), _torch_attention),
     },
@@ -254,6 +256,7 @@ ATTENTION_DECODE = Op(
     "attention_decode",
     {
         "native": Candidate(compiled_attention_decode.attention_decode, _native_attention_decode),
+        "triton": Candidate(triton_attention_decode.attention_decode, triton_attention_decode.refusal),
         "reference": Candidate(partial(cached_attention, reference_attention.attention), _never),
         "torch": Candidate(partial(cached_attention, aten_attention.attention), _torch_attention),
     },

@@ -13,24 +13,26 @@ from ..autograd import needs_grad
 from ..compiled import attention as compiled
 from ..reference.dropout import draw_seed
 from . import attention_config as config
-from .availability import triton_refusal
+from .availability import INTERPRETED, triton_refusal
+from .device import capability_of
 
 # Small, so that small tensors have several, and unequal, so that none is taken for the other.
 TILES_OF_INTERPRETER = {
     "forward_tile": {"BLOCK_M": 32, "BLOCK_N": 16},
     "backward_query_tile": {"BLOCK_M": 16, "BLOCK_N": 32},
     "backward_key_value_tile": {"BLOCK_M": 16, "BLOCK_N": 32},
+    "decode_tile": {"BLOCK_M": 16, "BLOCK_N": 16},
 }
 WIDEST = 256
 
 
 def refusal(call: dict) -> str | None:
-    """Why the kernels can't serve a call that ``ops.attention.prepare`` made, or None."""
-    query, value, mask, slopes = call["query"], call["value"], call["attn_mask"], call["alibi_slopes"]
+    """Why the kernels can't serve a call that ``prepare`` of ``attention`` or ``attention_varlen`` made, or None."""
+    query, value, mask, slopes = call["query"], call["value"], call.get("attn_mask"), call["alibi_slopes"]
     reason = triton_refusal(query)
     if reason is not None:
         return reason
-    for name, width in (("head_dim", query.shape[3]), ("value's head_dim", value.shape[3])):
+    for name, width in (("head_dim", query.shape[-1]), ("value's head_dim", value.shape[-1])):
         if width > WIDEST:
             return f"the Triton kernel takes a {name} of at most {WIDEST}, and this one is {width}"
     if mask is not None and mask.dtype == torch.float64:
@@ -57,12 +59,49 @@ def attention(
     return_lse: bool,
 ) -> tuple[Tensor, Tensor]:
     """Output (B, Hq, Lq, Dv) in query's dtype and the log-sum-exp (B, Hq, Lq) in float32, asked for or not."""
+    return _run(
+        query, key, value, attn_mask, dropout_p, is_causal, scale, query_offset, kv_lengths, kv_starts, window, softcap,
+        alibi_slopes, None, None, 0, 0,
+    )  # fmt: skip
+
+
+def attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float,
+    query_offset: int | Tensor,
+    window: tuple[int, int] | None,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    """Output (total_q, Hq, Dv) in query's dtype and the log-sum-exp (total_q, Hq) in float32, asked for or not."""
+    query, key, value = (t.transpose(0, 1).unsqueeze(0) for t in (query, key, value))
+    out, lse = _run(
+        query, key, value, None, dropout_p, is_causal, scale, query_offset, None, None, window, softcap, alibi_slopes,
+        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+    )  # fmt: skip
+    return out.squeeze(0).transpose(0, 1), lse.squeeze(0).transpose(0, 1)
+
+
+def _run(
+    query, key, value, attn_mask, dropout_p, is_causal, scale, query_offset, kv_lengths, kv_starts, window, softcap,
+    alibi_slopes, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     offset, offsets = (0, query_offset) if isinstance(query_offset, Tensor) else (query_offset, None)
     left, right = window or (-1, -1)
     inputs = (
         query, key, value, attn_mask, dropout_p, draw_seed(query) if dropout_p else None, is_causal, scale, offset,
         compiled.as_index(offsets), compiled.as_index(kv_lengths), compiled.as_index(kv_starts), left, right, softcap,
-        compiled.as_float32(alibi_slopes),
+        compiled.as_float32(alibi_slopes), compiled.as_index(cu_seqlens_q), compiled.as_index(cu_seqlens_k),
+        max_seqlen_q, max_seqlen_k,
         query.stride(1) >= query.stride(2),  # the result lies in memory like the query, as torch's does
     )  # fmt: skip
     if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
@@ -77,7 +116,7 @@ def _forward(query, key, value, *settings) -> tuple[Tensor, Tensor]:
     *settings, heads_first = settings
     out, lse = compiled.empty_results(query, value, heads_first)
     _launch(
-        "forward", query.shape[2], query.shape[1], query, key, value, settings,
+        "forward", query, key, value, settings,
         {"Query": query, "Key": key, "Value": value, "Out": out}, {"Lse": lse},
     )  # fmt: skip
     return out, lse
@@ -97,11 +136,11 @@ def _backward(
     # Of the scores' size, whatever the mask's: its dimensions of 1 are summed afterwards, in a fixed order.
     grad_scores = lse.new_zeros(batch, heads, rows, key.shape[2]) if needs_mask_grad else None
     _launch(
-        "backward_query", rows, heads, query, key, value, settings,
+        "backward_query", query, key, value, settings,
         inputs | {"GradQuery": grad_query}, sums | {"GradMask": grad_scores},
     )  # fmt: skip
     _launch(
-        "backward_key_value", key.shape[2], key.shape[1], query, key, value, settings,
+        "backward_key_value", query, key, value, settings,
         inputs | {"GradKey": grad_key, "GradValue": grad_value}, sums,
     )  # fmt: skip
     grad_mask = grad_scores.sum_to_size(attn_mask.shape) if needs_mask_grad else lse.new_empty(0)
@@ -109,17 +148,22 @@ def _backward(
 
 
 def _launch(
-    kernel: str, length: int, heads: int, query: Tensor, key: Tensor, value: Tensor, settings: list,
-    strided: dict[str, Tensor], others: dict[str, Tensor | None],
+    kernel: str, query: Tensor, key: Tensor, value: Tensor, settings: list, strided: dict[str, Tensor],
+    others: dict[str, Tensor | None],
 ) -> None:  # fmt: skip
-    """Run a kernel: one program for each tile of ``length``, of each of the heads."""
+    """Run a kernel: one program for each tile of the queries, or of the keys, of each head."""
     (
         attn_mask, dropout_p, seed, is_causal, scale, offset, offsets, kv_lengths, kv_starts, left, right, softcap,
-        slopes,
+        slopes, query_starts, key_starts, longest_query, longest_key,
     ) = settings  # fmt: skip
     batch, query_heads, rows, head_dim = query.shape
     columns, value_dim = key.shape[2], value.shape[3]
-    if batch * heads * length == 0:
+    lengths = rows, columns
+    if query_starts is not None:
+        batch, lengths = len(query_starts) - 1, (longest_query, longest_key)
+    over_keys = kernel == "backward_key_value"
+    programs = batch * (key.shape[1] if over_keys else query_heads)
+    if programs * lengths[over_keys] == 0:
         return
     from . import attention_kernels as kernels
 
@@ -127,12 +171,12 @@ def _launch(
         attn_mask = attn_mask.expand(batch, query_heads, rows, columns)
         attn_mask = attn_mask.view(torch.uint8) if attn_mask.dtype == torch.bool else attn_mask
     dropped = min(int(dropout_p * 2**32), 2**32)  # of all words; below one there is no dropout
-    tile = _tile(f"{kernel}_tile", query, value, extras=attn_mask is not None or softcap > 0 or dropped > 0)
-    block = tile["BLOCK_N" if kernel == "backward_key_value" else "BLOCK_M"]
+    tile = choose_tile(f"{kernel}_tile", query, value, extras=attn_mask is not None or softcap > 0 or dropped > 0)
+    tiles = -(-lengths[over_keys] // tile["BLOCK_N" if over_keys else "BLOCK_M"])
     with torch.cuda.device_of(query):
-        getattr(kernels, f"{kernel}_kernel")[(-(-length // block) * batch * heads,)](
+        getattr(kernels, f"{kernel}_kernel")[(tiles * programs,)](
             **strided,
-            **{f"{_snake(name)}_strides": t.stride() for name, t in strided.items()},
+            **{f"{_snake(name)}_strides": _strides(t, query_starts is not None) for name, t in strided.items()},
             **others,
             Mask=attn_mask,
             mask_strides=(0, 0, 0, 0) if attn_mask is None else attn_mask.stride(),
@@ -141,10 +185,13 @@ def _launch(
             Starts=kv_starts,
             Lengths=kv_lengths,
             Seed=seed if dropped else None,
+            QueryStarts=query_starts,
+            KeyStarts=key_starts,
             heads=query_heads,
             group=query_heads // key.shape[1],
-            query_length=rows,
-            key_length=columns,
+            rows=rows,
+            query_length=lengths[0],
+            key_length=lengths[1],
             scale=scale,
             softcap=softcap or None,
             offset=offset,
@@ -156,7 +203,7 @@ def _launch(
             DV=value_dim,
             BLOCK_D=config.padded(head_dim),
             BLOCK_DV=config.padded(value_dim),
-            PRECISION=_precision(),
+            PRECISION=precision(),
             **tile,
         )
 
@@ -167,7 +214,7 @@ def _launch_delta(grad_out: Tensor, out: Tensor, grad_lse: Tensor | None, delta:
         return
     from . import attention_kernels as kernels
 
-    block = 64
+    block = 64 if width <= 128 else 32
     with torch.cuda.device_of(out):
         kernels.delta_kernel[(-(-rows // block) * batch * heads,)](
             grad_out, out, grad_lse, delta, grad_out.stride(), out.stride(), heads, rows, DV=width,
@@ -175,21 +222,26 @@ def _launch_delta(grad_out: Tensor, out: Tensor, grad_lse: Tensor | None, delta:
         )  # fmt: skip
 
 
+def _strides(tensor: Tensor, packed: bool) -> tuple[int, ...]:
+    return (0, *tensor.stride()[1:]) if packed else tensor.stride()
+
+
 def _snake(name: str) -> str:
     """GradOut -> grad_out."""
     return "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in name).lstrip("_")
 
 
-def _precision() -> str:
+def precision() -> str:
+    """How products of float32 are rounded, by torch's own setting."""
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
-def _tile(name: str, query: Tensor, value: Tensor, extras: bool) -> dict[str, int]:
-    if not query.is_cuda:
+def choose_tile(name: str, query: Tensor, value: Tensor, **kwargs) -> dict[str, int]:
+    """What the function ``name`` of attention_config gives for these tensors; small tiles in the interpreter."""
+    if INTERPRETED:
         return TILES_OF_INTERPRETER[name]
-    capability = torch.cuda.get_device_capability(query.device)
     return getattr(config, name)(
-        query.itemsize, query.shape[3], value.shape[3], capability, _precision() == "tf32", extras
+        query.itemsize, query.shape[3], value.shape[3], capability_of(query), tf32=precision() == "tf32", **kwargs
     )
 
 
@@ -211,7 +263,7 @@ def _differentiate(ctx, grad_out, grad_lse):
     attn_mask = settings[0]
     if torch.is_grad_enabled():  # create_graph=True
         grads = compiled._differentiable_backward(
-            ctx.needs_input_grad, grad_out, grad_lse, query, key, value, *settings, None, None
+            ctx.needs_input_grad, grad_out, grad_lse, query, key, value, *settings[:-2]
         )
     else:
         needs_mask_grad = attn_mask is not None and ctx.needs_input_grad[3]
@@ -242,7 +294,8 @@ class _Attention(torch.autograd.Function):
 _SETTINGS = (
     "Tensor? attn_mask, float dropout_p, Tensor? dropout_seed, bool is_causal, float scale, SymInt query_offset, "
     "Tensor? query_offsets, Tensor? kv_lengths, Tensor? kv_starts, SymInt window_left, SymInt window_right, "
-    "float softcap, Tensor? alibi_slopes"
+    "float softcap, Tensor? alibi_slopes, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt max_seqlen_q, "
+    "SymInt max_seqlen_k"
 )
 torch.library.define(
     "gpt4fast::triton_attention_forward",

@@ -13,7 +13,7 @@ KIB = 1024
 FORWARD = {
     "half": {64: (128, 64, 8), 128: (128, 64, 8), 256: (64, 32, 8)},
     "tf32": {64: (64, 32, 4), 128: (64, 32, 8), 256: (32, 16, 4)},
-    "ieee": {64: (64, 32, 8), 128: (32, 32, 8), 256: (32, 16, 8)},
+    "ieee": {64: (64, 32, 8), 128: (32, 16, 4), 256: (32, 16, 8)},
 }
 BACKWARD_QUERY = {
     "half": {64: (128, 64, 8), 128: (128, 32, 8), 256: (64, 32, 8)},
@@ -73,6 +73,25 @@ def backward_key_value_tile(
     block_m = _passing(block_m, extras)
     stages = _stages(2 * block_n * width * itemsize, block_m, block_n, width, itemsize, capability, extras)
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": min(2, stages)}
+
+
+def decode_tile(
+    itemsize: int, head_dim: int, value_dim: int, capability: tuple[int, int], rows: int, tf32: bool = False
+) -> dict[str, int]:
+    """For ``decode_kernel``, of which ``rows`` queries share a head's keys: as many keys at once as the registers of
+    128 threads hold, since memory is what the kernel waits for."""
+    width = _width(head_dim, value_dim)
+    block_m = min(64 if itemsize == 2 else 16, padded(rows))
+    block_n = max(16, (8192 if itemsize == 2 else 2048) // width)
+    stages = _stages(block_m * width * itemsize, block_n, block_m, width, itemsize, capability, extras=False)
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": 4, "num_stages": stages}
+
+
+def decode_splits(programs: int, capacity: int, block_n: int, processors: int) -> int:
+    """Into how many parts the keys are cut, a power of two: so many that two programs run on each multiprocessor, none
+    without a tile, and no more than one program combines."""
+    wanted = min(-(-2 * processors // programs), -(-capacity // block_n), 64)
+    return 1 << max(0, wanted.bit_length() - 1)
 
 
 def _width(head_dim: int, value_dim: int) -> int:

@@ -22,8 +22,10 @@ from .attention_tiles import (
     mask_scores,
     of_head,
     place,
+    rows_of,
     seeing_queries,
     seen_keys,
+    sequence,
     slope_of,
     store,
     tile_number,
@@ -33,7 +35,7 @@ from .attention_tiles import (
 
 LN2 = tl.constexpr(0.6931471805599453)
 # Numbers that change from call to call: no kernel of its own for 1 or for a multiple of 16.
-VARYING = ["query_length", "key_length", "offset", "left", "right", "last_dropped"]
+VARYING = ["rows", "query_length", "key_length", "offset", "left", "right", "last_dropped"]
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -47,23 +49,28 @@ def forward_kernel(
     Slopes,  # (B, Hq) contiguous, float32, or None
     Offsets, Starts, Lengths,  # (B,) int64, each or None
     Seed,  # (1,) int64, or None
+    QueryStarts, KeyStarts,  # (B + 1,) int64 of packed sequences, with B strides of 0; or None
     query_strides, key_strides, value_strides, out_strides, mask_strides,
-    heads, group, query_length, key_length, scale, softcap, offset, left, right, last_dropped, keep_scale,
+    heads, group, rows, query_length, key_length, scale, softcap, offset, left, right, last_dropped, keep_scale,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One block of queries: (B * Hq * ceil(Lq / BLOCK_M)) programs."""
+    """One block of queries: (B * Hq * ceil(Lq / BLOCK_M)) programs. Lengths are those of the longest sequence."""
     tile, batch, head = place(tl.cdiv(query_length, BLOCK_M), heads)
     start_m = tile * BLOCK_M
+    query_begin, query_length = sequence(QueryStarts, batch, query_length)
+    key_begin, key_length = sequence(KeyStarts, batch, key_length)
+    if start_m >= query_length:
+        return
     row, column = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     position, first, last = batch_row(batch, Offsets, Starts, Lengths, offset, key_length)
     lower, upper = seen_keys(start_m, row, position, first, last, left, right)
     low, high, begin, full, full_end, end = tiles_of_keys(
         start_m, position, first, last, left, right, query_length, BLOCK_M, BLOCK_N
     )
-    query_matrix = of_head(Query, query_strides, batch, head)
-    key_matrix = of_head(Key, key_strides, batch, head // group)
-    value_matrix = of_head(Value, value_strides, batch, head // group)
+    query_matrix = of_head(Query, query_strides, batch, head, query_begin)
+    key_matrix = of_head(Key, key_strides, batch, head // group, key_begin)
+    value_matrix = of_head(Value, value_strides, batch, head // group, key_begin)
     mask_matrix, slope = of_head(Mask, mask_strides, batch, head), slope_of(Slopes, batch * heads + head)
 
     query = load(query_matrix, query_strides[2], query_strides[3], start_m, 0, query_length, D, BLOCK_M, BLOCK_D, True)
@@ -103,10 +110,10 @@ def forward_kernel(
     out /= total[:, None]
     if Seed is not None:
         out *= keep_scale
-    out_matrix = of_head(Out, out_strides, batch, head)
+    out_matrix = of_head(Out, out_strides, batch, head, query_begin)
     store(out_matrix, out_strides[2], out_strides[3], start_m, query_length, out, DV, BLOCK_M, BLOCK_DV)
-    lse = (peak + tl.log2(total)) * LN2
-    tl.store(Lse + (batch * heads + head) * query_length + start_m + row, lse, mask=start_m + row < query_length)
+    places = rows_of(Lse, QueryStarts, batch, head, heads, rows, query_begin) + start_m + row
+    tl.store(places, (peak + tl.log2(total)) * LN2, mask=start_m + row < query_length)
 
 
 @triton.jit(do_not_specialize=["query_length"])
@@ -135,16 +142,16 @@ def delta_kernel(
 
 
 @triton.jit
-def load_rows(Values, pair, start, query_length, other, BLOCK_M: tl.constexpr):
-    """A block of (B, Hq, Lq), float32."""
+def load_rows(values, start, query_length, other, BLOCK_M: tl.constexpr):
+    """A block of a head's numbers, float32."""
     row = start + tl.arange(0, BLOCK_M)
-    return tl.load(Values + pair * query_length + row, mask=row < query_length, other=other)
+    return tl.load(values + row, mask=row < query_length, other=other)
 
 
 @triton.jit
-def load_lse(Lse, pair, start, query_length, BLOCK_M: tl.constexpr):
+def load_lse(values, start, query_length, BLOCK_M: tl.constexpr):
     """In units of log 2; +inf for a query that sees nothing or is none, so that its probabilities are zero."""
-    lse = load_rows(Lse, pair, start, query_length, float("-inf"), BLOCK_M)
+    lse = load_rows(values, start, query_length, float("-inf"), BLOCK_M)
     return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
 
 
@@ -155,15 +162,19 @@ def backward_query_kernel(
     Lse, Delta,  # (B, Hq, Lq) contiguous, float32
     GradQuery,  # like Query
     GradMask,  # (B, Hq, Lq, Lk) contiguous, float32 and zero; or None
-    Mask, Slopes, Offsets, Starts, Lengths, Seed,
+    Mask, Slopes, Offsets, Starts, Lengths, Seed, QueryStarts, KeyStarts,
     grad_out_strides, query_strides, key_strides, value_strides, grad_query_strides, mask_strides,
-    heads, group, query_length, key_length, scale, softcap, offset, left, right, last_dropped, keep_scale,
+    heads, group, rows, query_length, key_length, scale, softcap, offset, left, right, last_dropped, keep_scale,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradient of one block of queries, and of their rows of the mask: as many programs as forward_kernel's."""
     tile, batch, head = place(tl.cdiv(query_length, BLOCK_M), heads)
     start_m = tile * BLOCK_M
+    query_begin, query_length = sequence(QueryStarts, batch, query_length)
+    key_begin, key_length = sequence(KeyStarts, batch, key_length)
+    if start_m >= query_length:
+        return
     row, column = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     position, first, last = batch_row(batch, Offsets, Starts, Lengths, offset, key_length)
     lower, upper = seen_keys(start_m, row, position, first, last, left, right)
@@ -171,18 +182,19 @@ def backward_query_kernel(
         start_m, position, first, last, left, right, query_length, BLOCK_M, BLOCK_N
     )
     pair = batch * heads + head
-    query_matrix = of_head(Query, query_strides, batch, head)
-    grad_out_matrix = of_head(GradOut, grad_out_strides, batch, head)
-    key_matrix = of_head(Key, key_strides, batch, head // group)
-    value_matrix = of_head(Value, value_strides, batch, head // group)
+    query_matrix = of_head(Query, query_strides, batch, head, query_begin)
+    grad_out_matrix = of_head(GradOut, grad_out_strides, batch, head, query_begin)
+    key_matrix = of_head(Key, key_strides, batch, head // group, key_begin)
+    value_matrix = of_head(Value, value_strides, batch, head // group, key_begin)
     mask_matrix, slope = of_head(Mask, mask_strides, batch, head), slope_of(Slopes, pair)
 
     query = load(query_matrix, query_strides[2], query_strides[3], start_m, 0, query_length, D, BLOCK_M, BLOCK_D, True)
     grad_out = load(
         grad_out_matrix, grad_out_strides[2], grad_out_strides[3], start_m, 0, query_length, DV, BLOCK_M, BLOCK_DV, True
     )
-    lse = load_lse(Lse, pair, start_m, query_length, BLOCK_M)
-    delta = load_rows(Delta, pair, start_m, query_length, 0.0, BLOCK_M)
+    lse = load_lse(rows_of(Lse, QueryStarts, batch, head, heads, rows, query_begin), start_m, query_length, BLOCK_M)
+    deltas = rows_of(Delta, QueryStarts, batch, head, heads, rows, query_begin)
+    delta = load_rows(deltas, start_m, query_length, 0.0, BLOCK_M)
     grad_query = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for CHECKED in tl.static_range(2):
         for i in range(full - begin + end - full_end if CHECKED else full_end - full):
@@ -219,7 +231,7 @@ def backward_query_kernel(
                 key = tl.where(seen[:, None] != 0, key, 0.0)
             grad_query += dot(grad_scores, key, PRECISION)
 
-    grad_query_matrix = of_head(GradQuery, grad_query_strides, batch, head)
+    grad_query_matrix = of_head(GradQuery, grad_query_strides, batch, head, query_begin)
     store(
         grad_query_matrix, grad_query_strides[2], grad_query_strides[3], start_m, query_length, grad_query * scale,
         D, BLOCK_M, BLOCK_D,
@@ -232,9 +244,9 @@ def backward_key_value_kernel(
     Query, Key, Value,
     Lse, Delta,  # (B, Hq, Lq) contiguous, float32
     GradKey, GradValue,  # like Key and Value
-    Mask, Slopes, Offsets, Starts, Lengths, Seed,
+    Mask, Slopes, Offsets, Starts, Lengths, Seed, QueryStarts, KeyStarts,
     grad_out_strides, query_strides, key_strides, value_strides, grad_key_strides, grad_value_strides, mask_strides,
-    heads, group, query_length, key_length, scale, softcap, offset, left, right, last_dropped, keep_scale,
+    heads, group, rows, query_length, key_length, scale, softcap, offset, left, right, last_dropped, keep_scale,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -242,14 +254,18 @@ def backward_key_value_kernel(
     programs. Scores are transposed, (keys, queries), so that they multiply from the left as they are."""
     tile, batch, key_head = place(tl.cdiv(key_length, BLOCK_N), heads // group)
     start_n = tile * BLOCK_N
+    query_begin, query_length = sequence(QueryStarts, batch, query_length)
+    key_begin, key_length = sequence(KeyStarts, batch, key_length)
+    if start_n >= key_length:
+        return
     row, column = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     position, first, last = batch_row(batch, Offsets, Starts, Lengths, offset, key_length)
     lower, upper = seeing_queries(start_n, column, position, first, last, left, right, query_length)
     low, high, begin, full, full_end, end = tiles_of_queries(
         start_n, position, first, last, left, right, query_length, BLOCK_M, BLOCK_N
     )
-    key_matrix = of_head(Key, key_strides, batch, key_head)
-    value_matrix = of_head(Value, value_strides, batch, key_head)
+    key_matrix = of_head(Key, key_strides, batch, key_head, key_begin)
+    value_matrix = of_head(Value, value_strides, batch, key_head, key_begin)
     key = load(key_matrix, key_strides[2], key_strides[3], start_n, 0, key_length, D, BLOCK_N, BLOCK_D, True)
     value = load(value_matrix, value_strides[2], value_strides[3], start_n, 0, key_length, DV, BLOCK_N, BLOCK_DV, True)
     grad_key = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
@@ -259,8 +275,8 @@ def backward_key_value_kernel(
         for i in range(group * count):  # one loop, so that the loads of the next head are ahead of its turn too
             head = key_head * group + i // count
             pair = batch * heads + head
-            query_matrix = of_head(Query, query_strides, batch, head)
-            grad_out_matrix = of_head(GradOut, grad_out_strides, batch, head)
+            query_matrix = of_head(Query, query_strides, batch, head, query_begin)
+            grad_out_matrix = of_head(GradOut, grad_out_strides, batch, head, query_begin)
             mask_matrix, slope = of_head(Mask, mask_strides, batch, head), slope_of(Slopes, pair)
             start_m = tile_number(i % count, begin, full, full_end, CHECKED) * BLOCK_M
             query = load(
@@ -270,8 +286,10 @@ def backward_key_value_kernel(
                 grad_out_matrix, grad_out_strides[2], grad_out_strides[3], start_m, low, high, DV, BLOCK_M,
                 BLOCK_DV, CHECKED,
             )  # fmt: skip
-            lse = load_lse(Lse, pair, start_m, query_length, BLOCK_M)
-            delta = load_rows(Delta, pair, start_m, query_length, 0.0, BLOCK_M)
+            sums = rows_of(Lse, QueryStarts, batch, head, heads, rows, query_begin)
+            lse = load_lse(sums, start_m, query_length, BLOCK_M)
+            deltas = rows_of(Delta, QueryStarts, batch, head, heads, rows, query_begin)
+            delta = load_rows(deltas, start_m, query_length, 0.0, BLOCK_M)
             scores = dot(key, query.T, PRECISION) * scale
             if softcap is not None:
                 capped = tanh(scores / softcap)
@@ -300,8 +318,8 @@ def backward_key_value_kernel(
 
     if Seed is not None:
         grad_value *= keep_scale
-    grad_key_matrix = of_head(GradKey, grad_key_strides, batch, key_head)
-    grad_value_matrix = of_head(GradValue, grad_value_strides, batch, key_head)
+    grad_key_matrix = of_head(GradKey, grad_key_strides, batch, key_head, key_begin)
+    grad_value_matrix = of_head(GradValue, grad_value_strides, batch, key_head, key_begin)
     store(
         grad_key_matrix, grad_key_strides[2], grad_key_strides[3], start_n, key_length, grad_key * scale,
         D, BLOCK_N, BLOCK_D,

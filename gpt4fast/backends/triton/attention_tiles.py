@@ -33,12 +33,32 @@ def place(tiles, heads):
 
 
 @triton.jit
-def of_head(Tensor, strides, batch, head):
-    """Where the matrix of a head of (B, H, rows, columns) begins; None of None."""
+def sequence(Starts, batch, length):
+    """The first row of a batch row among packed ones, where the next one's is Starts[batch + 1], and how many it has; 0
+    and ``length`` where Starts is None."""
+    if Starts is None:
+        return length.to(tl.int64) * 0, length
+    else:
+        begin = tl.load(Starts + batch)
+        return begin, (tl.load(Starts + batch + 1) - begin).to(tl.int32)
+
+
+@triton.jit
+def of_head(Tensor, strides, batch, head, begin=0):
+    """Where the matrix of a head of (B, H, rows, columns) begins, at row ``begin``; None of None."""
     if Tensor is None:
         return None
     else:
-        return Tensor + batch * strides[0] + head * strides[1]
+        return Tensor + batch * strides[0] + head * strides[1] + begin * strides[2]
+
+
+@triton.jit
+def rows_of(Values, Starts, batch, head, heads, rows, begin):
+    """Where the numbers of a head's queries begin in (B, Hq, rows), or in (Hq, rows) that hold packed sequences."""
+    if Starts is None:
+        return Values + (batch * heads + head) * rows
+    else:
+        return Values + head * rows + begin
 
 
 @triton.jit

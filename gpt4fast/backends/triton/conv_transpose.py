@@ -15,8 +15,7 @@ from ..autograd import needs_grad
 from ..reference.conv_transpose import epilogue, memory_format, output_sizes
 from . import conv_transpose_config as config
 from .availability import triton_refusal
-
-CAPABILITY_OF_INTERPRETER, PROCESSORS_OF_INTERPRETER = (9, 0), 4  # any would do; few processors make few programs
+from .device import capability_of, processors_of
 
 
 def refusal(call: dict) -> str | None:
@@ -32,7 +31,7 @@ def refusal(call: dict) -> str | None:
     pixels = input.shape[0] * max(input.shape[2:].numel(), math.prod(sizes))
     if max(image, pixels, _reach(input[0]) if len(input) else 0, _reach(weight)) >= 2**30:
         return "the Triton kernels count an image's elements, all images' pixels and the weight's elements in 32 bits"
-    if groups >= 2**16 and not _is_depthwise(weight, groups):
+    if groups >= 2**16:  # a grid's second dimension
         return "the Triton kernels take fewer than 65536 groups"
     return None
 
@@ -159,11 +158,11 @@ def _weight_gradient(
         tile = config.depthwise_tile(pixels, outputs, input.stride(1) == 1)
     else:
         tile = config.weight_gradient_tile(
-            channels, outputs, pixels, input.element_size(), tensor_cores, _capability(input)
+            channels, outputs, pixels, input.element_size(), tensor_cores, capability_of(input)
         )
     block = tile["BLOCK_M"] if depthwise else tile["BLOCK_K"]
     programs = config.ceil_div(channels, tile["BLOCK_M"]) * config.ceil_div(outputs, tile["BLOCK_N"]) * taps
-    each = config.pixels_per_program(pixels, block, programs * groups, _processors(input))
+    each = config.pixels_per_program(pixels, block, programs * groups, processors_of(input))
     parts = input.new_empty(
         config.ceil_div(pixels, each), *weight.shape[:1], *kernel, weight.shape[1], dtype=torch.float32
     )
@@ -247,8 +246,8 @@ def _convolve(
         tile = config.depthwise_tile(pixels, outputs, channels_last)
     else:
         tile = config.convolution_tile(
-            pixels, outputs, channels, phases * groups, source.element_size(), tensor_cores, _capability(source),
-            _processors(source),
+            pixels, outputs, channels, phases * groups, source.element_size(), tensor_cores, capability_of(source),
+            processors_of(source),
         )  # fmt: skip
     grid = config.ceil_div(pixels, tile["BLOCK_M"]) * phases, config.ceil_div(outputs, tile["BLOCK_N"]), groups
     with torch.cuda.device_of(source):
@@ -285,13 +284,3 @@ def _precision(dtype: torch.dtype) -> tuple[str, bool]:
     if dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision != "tf32":
         return "ieee", False
     return "tf32", True
-
-
-def _capability(tensor: Tensor) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else CAPABILITY_OF_INTERPRETER
-
-
-def _processors(tensor: Tensor) -> int:
-    if not tensor.is_cuda:
-        return PROCESSORS_OF_INTERPRETER
-    return torch.cuda.get_device_properties(tensor.device).multi_processor_count

@@ -151,3 +151,56 @@ def test_what_it_refuses():
     ):
         with pytest.raises(RuntimeError, match=reason):
             gpt4fast.attention(*tensors, **options, impl="triton")
+
+
+PACKED = {
+    "plain": {},
+    "causal, bottom right": {"is_causal": True, "query_offset": "ends"},
+    "window and softcap": {"window": (9, 4), "softcap": 4.0, "query_offset": 3},
+    "slopes": {"is_causal": True, "alibi_slopes": torch.rand(4)},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_sequences(name, dtype):
+    """Values, log-sum-exp and gradients as the reference's in float64, with sequences of no queries and of no keys."""
+    lengths_q, lengths_k = torch.tensor([20, 0, 1, 45]), torch.tensor([33, 7, 0, 40])
+    starts = [torch.nn.functional.pad(n.cumsum(0), (1, 0)).to(DEVICE) for n in (lengths_q, lengths_k)]
+    longest = int(lengths_q.max()), int(lengths_k.max()) + 3
+    options = dict(PACKED[name])
+    if options.get("query_offset") == "ends":
+        options["query_offset"] = (lengths_k - lengths_q).to(DEVICE)
+    if "alibi_slopes" in options:
+        options["alibi_slopes"] = options["alibi_slopes"].to(DEVICE)
+    sizes = (66, 4, 24), (80, 2, 24), (80, 2, 16)
+    tensors = [torch.randn(size).to(dtype).to(DEVICE) for size in sizes]
+    grads = torch.randn(66, 4, 16).to(DEVICE), torch.randn(66, 4).to(DEVICE)
+
+    def results(dtype, impl):
+        inputs = [t.detach().to(dtype).requires_grad_() for t in tensors]
+        out, lse = gpt4fast.attention_varlen(*inputs, *starts, *longest, **options, return_lse=True, impl=impl)
+        seen = torch.where(lse.isfinite(), lse, 0)
+        given = [g.to(r.dtype) for g, r in zip(grads, (out, seen), strict=True)]
+        return [out.detach(), seen.detach(), *torch.autograd.grad((out, seen), inputs, given)]
+
+    exact, plain = results(torch.float64, "reference"), results(dtype, "reference")
+    for ours, other, true in zip(results(dtype, "triton"), plain, exact, strict=True):
+        allowed = 2 * (other.double() - true).norm() + 3 * torch.finfo(dtype).eps * true.norm()
+        assert (ours.double() - true).norm() <= allowed
+
+
+def test_packed_sequences_have_no_row_of_another():
+    """NaN in one sequence stays there, and dropout drops what it drops in a padded batch."""
+    query = torch.randn(3 * 20, 2, 16, device=DEVICE)
+    starts = torch.tensor([0, 20, 40, 60], device=DEVICE)
+    spoiled = query.clone()
+    spoiled[20:40] = float("nan")
+    out = gpt4fast.attention_varlen(query, spoiled, spoiled, starts, starts, 20, 20, impl="triton")
+    assert out[:20].isfinite().all() and out[40:].isfinite().all() and out[20:40].isnan().all()
+    padded = query.view(3, 20, 2, 16).transpose(1, 2)
+    torch.manual_seed(5)
+    ours = gpt4fast.attention_varlen(query, query, query, starts, starts, 20, 20, 0.4, impl="triton")
+    torch.manual_seed(5)
+    expected = gpt4fast.attention(padded, padded, padded, dropout_p=0.4, impl="triton")
+    torch.testing.assert_close(ours, expected.transpose(1, 2).flatten(0, 1))

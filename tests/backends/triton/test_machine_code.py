@@ -1,0 +1,67 @@
+"""What tools/triton_static.py finds in the Triton kernels, compiled for GPUs that this machine need not have: what must
+hold on any version of Triton, and, on that of the committed file, no more registers or memory than it says."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+BUDGET = ROOT / "benchmarks" / "results" / "triton_static.json"
+SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
+# Soft cap, mask and dropout keep more tiles of scores than there are registers. Bytes of a thread.
+SPILLING = {"mask": 64, "dropout": 64, "softcap": 64}
+
+
+def multiplies_matrices(title: str) -> bool:
+    name = title.partition(", ")[2].removesuffix(" again")
+    return name not in ("delta", "append", "combine") and not title.startswith("depthwise")
+
+
+def faults(title: str, kernel: dict) -> Iterator[str]:
+    """What is wrong with a kernel, whatever the version of Triton."""
+    architecture = next(word for word in title.replace(",", "").split() if word.startswith("sm_"))
+    allowed = max([SPILLING[feature] for feature in SPILLING if feature in title], default=0)
+    if kernel["spills"] > allowed:
+        yield f"{kernel['spills']} bytes spilled"
+    if kernel["shared"] > SHARED_MEMORY[architecture]:
+        yield f"{kernel['shared']} bytes of shared memory"
+    if kernel["registers"] * 32 * kernel["warps"] > 65536:
+        yield f"{kernel['registers']} registers of {kernel['warps']} warps"
+    if multiplies_matrices(title) and ("float32" not in title or "TF32" in title):
+        if kernel["tensor cores"] == 0:
+            yield "no tensor cores"
+        if kernel["wide"] == 0:
+            yield "no access of 16 bytes"
+        softmax = title.startswith(("attention", "decode"))  # which multiplies, too
+        if kernel["loop FFMA"] > 0 and not softmax:
+            yield f"{kernel['loop FFMA']} scalar products in the inner loop"
+
+
+def test_kernels_and_budget(tmp_path):
+    """One test, since all kernels are compiled by one process."""
+    triton = pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, ROOT / "tools" / "triton_static.py", "--output", tmp_path / "static.json"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    found, budget = (json.loads(path.read_text()) for path in (tmp_path / "static.json", BUDGET))
+    assert found["triton"] == triton.__version__
+    kernels, allowed = found["kernels"], budget["kernels"]
+    wrong = {title: list(faults(title, kernel)) for title, kernel in kernels.items()}
+    assert not {title: messages for title, messages in wrong.items() if messages}
+    assert list(kernels) == list(allowed), "run tools/triton_static.py again"
+    if found["triton"] == budget["triton"]:
+        over = {
+            title: (name, kernel[name], allowed[title][name])
+            for title, kernel in kernels.items()
+            for name in ("registers", "spills", "shared", "narrow", "loop FFMA")
+            if kernel[name] > allowed[title][name]
+        }
+        assert not over, "if that is meant, run tools/triton_static.py again"
