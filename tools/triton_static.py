@@ -40,6 +40,7 @@ from gpt4fast.backends.triton import (
     attention_decode,
     attention_decode_kernels,
     attention_kernels,
+    attention_launch,
     conv_transpose,
     conv_transpose_kernels,
 )
@@ -139,7 +140,7 @@ def recorded() -> Iterator[tuple[str, int, str, dict[str, float], list[Launch]]]
             setattr(module, name, Recorder(name.removesuffix("_kernel"), getattr(module, name), launches))
 
     def record(title: str, dtype: str, tf32: bool, arch: int, call: Callable[[], dict[str, float]]):
-        for host in (attention, attention_decode, conv_transpose):
+        for host in (attention_launch, attention_decode, conv_transpose):
             for name, value in (("capability_of", divmod(arch, 10)), ("processors_of", 132)):
                 if hasattr(host, name):
                     setattr(host, name, lambda tensor, value=value: value)

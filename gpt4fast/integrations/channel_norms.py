@@ -17,44 +17,50 @@ from .swap import Swapped, own_code, swap_refusal
 FEWEST_ELEMENTS = 1 << 13  # below, torch's calls take less time than ours
 
 
-def is_channel_norm(module: nn.Module) -> bool:
-    """Whether a module by that name, of any library's, computes layer norm over dimension 1 of (N, C, H, W).
+def channel_norm_eps(module: nn.Module) -> float | None:
+    """What is added to the variance if a module, of any library's, computes layer norm over dimension 1 of (N, C, H, W);
+    None if it does anything else.
 
-    It is tried on numbers: names tell little of what is normalized, and how eps is added.
+    A module with nothing but a weight and a bias is tried on numbers: names tell little of what is normalized.
     """
-    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-    if not own_code(module) or "LayerNorm" not in type(module).__name__ or swap_refusal(module) is not None:
-        return False
-    if not isinstance(weight, nn.Parameter) or not isinstance(bias, nn.Parameter) or weight.dim() != 1:
-        return False
-    if not weight.is_cpu or weight.shape != bias.shape or not isinstance(getattr(module, "eps", None), float):
-        return False
-    trial = copy.deepcopy(module).eval().double()
-    channels = weight.numel()
+    parameters = dict(module.named_parameters())
+    if not own_code(module) or swap_refusal(module) is not None or list(parameters) != ["weight", "bias"]:
+        return None
+    weight, bias = parameters.values()
+    if list(module.children()) or list(module.buffers()) or weight.dim() != 1 or weight.shape != bias.shape:
+        return None
+    if not weight.is_cpu:
+        return None
+    trial, channels = copy.deepcopy(module).eval().double(), weight.numel()
+    known = getattr(module, "eps", None)
     with torch.no_grad():
         trial.weight.copy_(torch.arange(channels).cos() + 1.5)
         trial.bias.copy_(torch.arange(channels).sin())
-        # Some pixels with a variance near eps.
-        size = torch.tensor([1.0, 3.0, 0.1, module.eps**0.5])
+        # The last pixels of a row have a variance near eps.
+        sizes = torch.tensor([1.0, 3.0, 0.1, 1e-3])
         numbers = torch.arange(2 * channels * 12, dtype=torch.float64).square() * 0.37
-        images = numbers.sin().view(2, channels, 3, 4) * size + 0.5
+        images = numbers.sin().view(2, channels, 3, 4) * sizes + 0.5
         try:
             output = trial(images)
         except Exception:  # whatever its author raises for images
-            return False
-        expected = torch_channel_norm(images, trial.weight, trial.bias, module.eps, None, 0.0)
-    return isinstance(output, Tensor) and output.shape == expected.shape and torch.allclose(output, expected)
+            return None
+        for eps in (known,) if isinstance(known, float) else (1e-6, 1e-5):
+            expected = torch_channel_norm(images, trial.weight, trial.bias, eps, None, 0.0)
+            if isinstance(output, Tensor) and output.shape == expected.shape and torch.allclose(output, expected):
+                return eps
+    return None
 
 
 class ChannelNorm(Swapped):
     """Precedes such a module's class among the bases; ``merged`` names the activation behind it, with its slope."""
 
+    found_eps: float
     merged: tuple[str | None, float] = (None, 0.0)
 
     def forward(self, input: Tensor) -> Tensor:
         activation, negative_slope = self.merged
         if _is_native(input, self.weight, self.bias):
-            return channel_norm(input, self.weight, self.bias, self.eps, activation, negative_slope)
+            return channel_norm(input, self.weight, self.bias, self.found_eps, activation, negative_slope)
         output = super().forward(input)
         return output if activation is None else ACTIVATIONS[activation](output, negative_slope)
 

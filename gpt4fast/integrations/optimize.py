@@ -11,7 +11,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from .. import nn as fast_nn
 from .callers import FastForward, calls_routed, hidden_callers
-from .channel_norms import ChannelNorm, is_channel_norm
+from .channel_norms import ChannelNorm, channel_norm_eps
 from .merge import (
     CONV_TRANSPOSE,
     FAST_CONV_TRANSPOSE,
@@ -63,8 +63,10 @@ def optimize(model: nn.Module, *, training: bool = False, example_inputs: object
     if not training:
         fast.eval()
         for module in fast.modules():
-            if is_channel_norm(module):
+            eps = channel_norm_eps(module)
+            if eps is not None:
                 module.__class__ = subclass(ChannelNorm, type(module))
+                module.found_eps = eps
         for run in list(all_runs(fast)):
             merge(run)
     for sequential in {run.sequential for run in all_runs(fast)}:
@@ -189,7 +191,7 @@ def _explain_module(module: nn.Module) -> tuple[str, str] | None:
     if isinstance(module, ChannelNorm):
         activation = module.merged[0]
         return "gpt4fast", "layer norm over channels" + (f" with {activation} in the same pass" if activation else "")
-    if is_channel_norm(module):
+    if channel_norm_eps(module) is not None:
         return "torch", f"{_WOULD_TAKE}, at inference"
     if isinstance(module, fast_nn.MultiheadAttention):
         return "gpt4fast.attention", "torch's formula where weights are asked for"

@@ -219,6 +219,18 @@ class LayerNorm2d(nn.Module):
         return self.weight[:, None, None] * x + self.bias[:, None, None]
 
 
+class LN(nn.Module):
+    """Somebody's, with a constant in the code."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(channels)), nn.Parameter(torch.randn(channels))
+
+    def forward(self, x):
+        variance, mean = torch.var_mean(x, 1, unbiased=False, keepdim=True)
+        return self.weight[:, None, None] * (x - mean) * (variance + 1e-5).rsqrt() + self.bias[:, None, None]
+
+
 class LayerNormOfImages(nn.LayerNorm):
     """As timm and torchvision do."""
 
@@ -238,6 +250,16 @@ class LayerNormOfRows(nn.LayerNorm):
     pass
 
 
+class Affine(LayerNorm2d):
+    def forward(self, x):
+        return self.weight[:, None, None] * x + self.bias[:, None, None]
+
+
+class Failing(LayerNorm2d):
+    def forward(self, x):
+        raise RuntimeError("only for rows")
+
+
 def upscaling(norm: nn.Module) -> nn.Module:
     """Of Segment Anything's mask decoder."""
     return nn.Sequential(
@@ -247,7 +269,7 @@ def upscaling(norm: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("norm", [LayerNorm2d, LayerNormOfImages])
+@pytest.mark.parametrize("norm", [LayerNorm2d, LayerNormOfImages, LN])
 def test_layer_norms_over_channels(norm, dtype, layout, needs_native) -> None:
     model = upscaling(norm(12)).to(dtype)
     fast = gpt4fast.optimize(model)
@@ -272,7 +294,10 @@ def test_layer_norms_over_channels(norm, dtype, layout, needs_native) -> None:
 
 
 def test_what_only_sounds_like_a_layer_norm_over_channels_stays() -> None:
-    for norm in (LayerNormUnbiased(12), LayerNormOfRows(12), nn.LayerNorm(12), LayerNormOfRows(12, bias=False)):
+    for norm in (
+        LayerNormUnbiased(12), LayerNormOfRows(12), nn.LayerNorm(12), LayerNormOfRows(12, bias=False), Affine(12),
+        Failing(12),
+    ):  # fmt: skip
         fast = gpt4fast.optimize(upscaling(norm))
         assert type(fast[1]) is type(norm)
         assert not isinstance(fast[2], Merged)

@@ -11,7 +11,8 @@ from torch import Tensor
 from ..autograd import needs_grad
 from ..compiled.attention import as_float32, as_index, empty_results
 from . import attention_config as config
-from .attention import WIDEST, choose_tile, precision
+from .attention import WIDEST
+from .attention_launch import choose_tile, precision
 from .availability import triton_refusal
 from .device import processors_of
 

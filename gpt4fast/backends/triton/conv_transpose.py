@@ -14,6 +14,7 @@ from torch import Tensor
 from ..autograd import needs_grad
 from ..reference.conv_transpose import epilogue, memory_format, output_sizes
 from . import conv_transpose_config as config
+from . import tuning
 from .availability import triton_refusal
 from .device import capability_of, processors_of
 
@@ -249,8 +250,9 @@ def _convolve(
             pixels, outputs, channels, phases * groups, source.element_size(), tensor_cores, capability_of(source),
             processors_of(source),
         )  # fmt: skip
-    grid = config.ceil_div(pixels, tile["BLOCK_M"]) * phases, config.ceil_div(outputs, tile["BLOCK_N"]), groups
-    with torch.cuda.device_of(source):
+
+    def launch(tile: dict[str, int]) -> None:
+        grid = config.ceil_div(pixels, tile["BLOCK_M"]) * phases, config.ceil_div(outputs, tile["BLOCK_N"]), groups
         kernels.convolution_kernel[grid](
             source, weight, output, bias, scale, shift, source.shape[0], channels, outputs, tuple(source.shape[2:]),
             tuple(output.shape[2:]), places, source.stride(), (*weight_strides, *weight.stride()[2:]),
@@ -258,6 +260,11 @@ def _convolve(
             DILATION=dilation, STEP=steps, INVERSE=inverses, ACTIVATION=activation, DEPTHWISE=depthwise,
             CHANNELS_LAST=channels_last, PRECISION=precision, **tile,
         )  # fmt: skip
+
+    sizes = pixels.bit_length(), outputs.bit_length(), channels.bit_length(), groups.bit_length()
+    features = tuple(kernel), up, down, dilation, depthwise, channels_last, precision, str(source.dtype)
+    with torch.cuda.device_of(source):
+        launch(tuning.fastest("convolution", (*sizes, *features), tile, launch, source))
 
 
 def _is_depthwise(weight: Tensor, groups: int) -> bool:

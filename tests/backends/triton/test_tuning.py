@@ -1,0 +1,94 @@
+"""The tuner: it takes the fastest tile, measures once, keeps to its time, and outlives a file that is none."""
+
+from __future__ import annotations
+
+import json
+import threading
+
+import pytest
+import torch
+
+from gpt4fast.backends.triton import tuning
+
+TILE = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}
+
+
+@pytest.fixture
+def launches(monkeypatch, tmp_path) -> list[dict]:
+    """The tiles that were launched; a launch takes as long as its tile's ``BLOCK_N``."""
+    monkeypatch.setenv("GPT4FAST_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(tuning, "_known", {})
+    seen: list[dict] = []
+
+    def seconds_of(run):
+        run()
+        return seen[-1]["BLOCK_N"]
+
+    monkeypatch.setattr(tuning, "seconds_of", seconds_of)
+    return seen
+
+
+def test_the_fastest_is_taken_and_measured_once(launches, monkeypatch):
+    first = tuning._fastest("gpu", "kernel (1, 2)", TILE, launches.append)
+    assert first == {**TILE, "BLOCK_N": 32}
+    assert launches == list(tuning.variants(TILE)) and len(launches) == 4
+    assert tuning._fastest("gpu", "kernel (1, 2)", TILE, launches.append) == first
+    monkeypatch.setattr(tuning, "_known", {})  # another process
+    assert tuning._fastest("gpu", "kernel (1, 2)", TILE, launches.append) == first
+    assert len(launches) == 4
+    tuning._fastest("gpu", "kernel (9, 2)", TILE, launches.append)
+    tuning._fastest("other gpu", "kernel (1, 2)", TILE, launches.append)
+    assert len(launches) == 12
+    assert {kind: set(tiles) for kind, tiles in json.loads(tuning.path().read_text()).items()} == {
+        "gpu": {"kernel (1, 2)", "kernel (9, 2)"},
+        "other gpu": {"kernel (1, 2)"},
+    }
+
+
+def test_what_does_not_fit_is_passed_over(launches):
+    def launch(tile):
+        if tile["BLOCK_N"] == 32:
+            raise RuntimeError("out of resource: shared memory")
+        launches.append(tile)
+
+    assert tuning._fastest("gpu", "kernel", TILE, launch) == TILE  # the first of equals
+    with pytest.raises(RuntimeError, match="shared memory"):
+        tuning._fastest("gpu", "another", {**TILE, "BLOCK_N": 32}, launch)
+
+
+def test_it_keeps_to_its_time(launches, monkeypatch):
+    now = iter([0.0, tuning.SECONDS + 1])
+    monkeypatch.setattr(tuning.time, "monotonic", lambda: next(now))
+    assert tuning._fastest("gpu", "kernel", TILE, launches.append) == TILE
+    assert launches == [TILE]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"gpu": {"kernel": {"BLOCK_M": "x"}}}', '{"gpu": 3}', "\x00"])
+def test_a_file_that_is_none(launches, text):
+    tuning.path().write_text(text)
+    tuning._fastest("gpu", "kernel", TILE, launches.append)
+    assert list(json.loads(tuning.path().read_text())) == ["gpu"]
+    assert [file.name for file in tuning.path().parent.iterdir()] == ["triton_tuning.json"]
+
+
+def test_a_folder_that_cannot_be_written(launches, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("GPT4FAST_CACHE_DIR", str(tmp_path / "file"))
+    assert tuning._fastest("gpu", "kernel", TILE, launches.append) == {**TILE, "BLOCK_N": 32}
+    assert tuning._fastest("gpu", "kernel", TILE, launches.append) == {**TILE, "BLOCK_N": 32}
+    assert len(launches) == 4
+
+
+def test_processes_add_to_one_file(launches):
+    """Each writes what it knows: the last one is whole, whatever the others did meanwhile."""
+    threads = [threading.Thread(target=tuning.write, args=("gpu", {str(i): TILE})) for i in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert tuning.read()["gpu"]
+
+
+def test_no_gpu_no_measurement(launches):
+    assert tuning.fastest("kernel", (), TILE, launches.append, torch.ones(1)) is TILE
+    assert launches == []
