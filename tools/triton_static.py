@@ -60,6 +60,7 @@ ATTENTION = [
     ("float16", False, 90, 80, ("mask", "alibi", "softcap")),
     ("bfloat16", False, 89, 128, ("mask", "starts", "lengths", "offsets")),
     ("bfloat16", False, 80, 64, ("dropout",)),
+    ("bfloat16", False, 90, 128, ("packed",)),
 ]
 # Decoding: (dtype, architecture, head_dim, features)
 DECODE = [
@@ -164,7 +165,8 @@ def recorded() -> Iterator[tuple[str, int, str, dict[str, float], list[Launch]]]
 
 def run_attention(dtype: torch.dtype, dim: int, features: tuple[str, ...]) -> dict[str, float]:
     batch, heads, length = 4, 16, 256 if "mask" in features else 2048
-    query, key, value = torch.empty(3, batch, heads, length, dim, dtype=dtype)
+    rows = (1, heads, batch * length) if "packed" in features else (batch, heads, length)
+    query, key, value = torch.empty(3, *rows, dim, dtype=dtype)
     numbers = torch.zeros(batch, dtype=torch.int64)
     settings = [
         torch.empty(batch, heads, length, length, dtype=dtype) if "mask" in features else None,
@@ -178,7 +180,8 @@ def run_attention(dtype: torch.dtype, dim: int, features: tuple[str, ...]) -> di
         -1,
         20.0 if "softcap" in features else 0.0,
         torch.empty(batch, heads) if "alibi" in features else None,
-        *(None, None, 0, 0),
+        *([torch.zeros(batch + 1, dtype=torch.int64)] * 2 if "packed" in features else [None, None]),
+        *(length, length),
     ]
     out, lse = attention._forward(query, key, value, *settings, True)
     attention._backward(out, None, query, key, value, out, lse, "mask" in features, *settings)

@@ -18,7 +18,8 @@ FEWEST_ELEMENTS = 1 << 13  # below, torch's calls take less time than ours
 
 
 def channel_norm_eps(module: nn.Module) -> float | None:
-    """What is added to the variance if a module, of any library's, computes layer norm over dimension 1 of (N, C, H, W);
+    """What is added to the variance if a module, of any library, computes layer norm over dimension 1 of (N, C, H, W).
+
     None if it does anything else.
 
     A module with nothing but a weight and a bias is tried on numbers: names tell little of what is normalized.

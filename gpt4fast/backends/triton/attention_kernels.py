@@ -26,7 +26,6 @@ from .attention_tiles import (
     seeing_queries,
     seen_keys,
     sequence,
-    slope_of,
     store,
     tile_number,
     tiles_of_keys,
@@ -60,8 +59,6 @@ def forward_kernel(
     start_m = tile * BLOCK_M
     query_begin, query_length = sequence(QueryStarts, batch, query_length)
     key_begin, key_length = sequence(KeyStarts, batch, key_length)
-    if start_m >= query_length:
-        return
     row, column = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     position, first, last = batch_row(batch, Offsets, Starts, Lengths, offset, key_length)
     lower, upper = seen_keys(start_m, row, position, first, last, left, right)
@@ -71,7 +68,11 @@ def forward_kernel(
     query_matrix = of_head(Query, query_strides, batch, head, query_begin)
     key_matrix = of_head(Key, key_strides, batch, head // group, key_begin)
     value_matrix = of_head(Value, value_strides, batch, head // group, key_begin)
-    mask_matrix, slope = of_head(Mask, mask_strides, batch, head), slope_of(Slopes, batch * heads + head)
+    mask_matrix, slope = Mask, Slopes  # None stays None, which no function of Triton 3.6 may return
+    if Mask is not None:
+        mask_matrix = of_head(Mask, mask_strides, batch, head, query_begin)
+    if Slopes is not None:
+        slope = tl.load(Slopes + batch * heads + head)
 
     query = load(query_matrix, query_strides[2], query_strides[3], start_m, 0, query_length, D, BLOCK_M, BLOCK_D, True)
     peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -128,8 +129,8 @@ def delta_kernel(
     tile, batch, head = place(tl.cdiv(query_length, BLOCK_M), heads)
     start = tile * BLOCK_M
     row = start + tl.arange(0, BLOCK_M)
-    grad_matrix = of_head(GradOut, grad_out_strides, batch, head)
-    out_matrix = of_head(Out, out_strides, batch, head)
+    grad_matrix = of_head(GradOut, grad_out_strides, batch, head, 0)
+    out_matrix = of_head(Out, out_strides, batch, head, 0)
     grad = load(
         grad_matrix, grad_out_strides[2], grad_out_strides[3], start, 0, query_length, DV, BLOCK_M, BLOCK_DV, True
     )
@@ -173,8 +174,6 @@ def backward_query_kernel(
     start_m = tile * BLOCK_M
     query_begin, query_length = sequence(QueryStarts, batch, query_length)
     key_begin, key_length = sequence(KeyStarts, batch, key_length)
-    if start_m >= query_length:
-        return
     row, column = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     position, first, last = batch_row(batch, Offsets, Starts, Lengths, offset, key_length)
     lower, upper = seen_keys(start_m, row, position, first, last, left, right)
@@ -186,7 +185,11 @@ def backward_query_kernel(
     grad_out_matrix = of_head(GradOut, grad_out_strides, batch, head, query_begin)
     key_matrix = of_head(Key, key_strides, batch, head // group, key_begin)
     value_matrix = of_head(Value, value_strides, batch, head // group, key_begin)
-    mask_matrix, slope = of_head(Mask, mask_strides, batch, head), slope_of(Slopes, pair)
+    mask_matrix, slope = Mask, Slopes  # None stays None, which no function of Triton 3.6 may return
+    if Mask is not None:
+        mask_matrix = of_head(Mask, mask_strides, batch, head, query_begin)
+    if Slopes is not None:
+        slope = tl.load(Slopes + pair)
 
     query = load(query_matrix, query_strides[2], query_strides[3], start_m, 0, query_length, D, BLOCK_M, BLOCK_D, True)
     grad_out = load(
@@ -256,8 +259,6 @@ def backward_key_value_kernel(
     start_n = tile * BLOCK_N
     query_begin, query_length = sequence(QueryStarts, batch, query_length)
     key_begin, key_length = sequence(KeyStarts, batch, key_length)
-    if start_n >= key_length:
-        return
     row, column = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     position, first, last = batch_row(batch, Offsets, Starts, Lengths, offset, key_length)
     lower, upper = seeing_queries(start_n, column, position, first, last, left, right, query_length)
@@ -277,7 +278,11 @@ def backward_key_value_kernel(
             pair = batch * heads + head
             query_matrix = of_head(Query, query_strides, batch, head, query_begin)
             grad_out_matrix = of_head(GradOut, grad_out_strides, batch, head, query_begin)
-            mask_matrix, slope = of_head(Mask, mask_strides, batch, head), slope_of(Slopes, pair)
+            mask_matrix, slope = Mask, Slopes  # None stays None, which no function of Triton 3.6 may return
+            if Mask is not None:
+                mask_matrix = of_head(Mask, mask_strides, batch, head, query_begin)
+            if Slopes is not None:
+                slope = tl.load(Slopes + pair)
             start_m = tile_number(i % count, begin, full, full_end, CHECKED) * BLOCK_M
             query = load(
                 query_matrix, query_strides[2], query_strides[3], start_m, low, high, D, BLOCK_M, BLOCK_D, CHECKED

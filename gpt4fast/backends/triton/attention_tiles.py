@@ -44,12 +44,9 @@ def sequence(Starts, batch, length):
 
 
 @triton.jit
-def of_head(Tensor, strides, batch, head, begin=0):
-    """Where the matrix of a head of (B, H, rows, columns) begins, at row ``begin``; None of None."""
-    if Tensor is None:
-        return None
-    else:
-        return Tensor + batch * strides[0] + head * strides[1] + begin * strides[2]
+def of_head(Tensor, strides, batch, head, begin):
+    """Where the matrix of a head of (B, H, rows, columns) begins, at row ``begin``."""
+    return Tensor + batch * strides[0] + head * strides[1] + begin * strides[2]
 
 
 @triton.jit
@@ -59,15 +56,6 @@ def rows_of(Values, Starts, batch, head, heads, rows, begin):
         return Values + (batch * heads + head) * rows
     else:
         return Values + head * rows + begin
-
-
-@triton.jit
-def slope_of(Slopes, pair):
-    """The ALiBi slope of a head, or None."""
-    if Slopes is None:
-        return None
-    else:
-        return tl.load(Slopes + pair)
 
 
 @triton.jit
@@ -159,10 +147,11 @@ def split_tiles(low, high, full_low, full_high, BLOCK: tl.constexpr):
 def tiles_of_keys(
     start, position, first, last, left, right, query_length, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    """The keys low <= j < high that some query of the block sees, and the tiles of them."""
+    """The keys low <= j < high that some query of the block sees, and the tiles of them: none past a sequence's end."""
     end = tl.minimum(BLOCK_M, query_length - start) - 1
     low, full_high = seen_keys(start, 0, position, first, last, left, right)
     full_low, high = seen_keys(start, end, position, first, last, left, right)
+    low, high = tl.where(end >= 0, low, 0), tl.where(end >= 0, high, 0)
     begin, full, full_end, end = split_tiles(low, high, full_low, full_high, BLOCK_N)
     return low, high, begin, full, full_end, end
 
