@@ -41,8 +41,10 @@ def check(tensors, causal):
     fused = attend(ours, tensors, causal, grad_out)
     for name, a, b, x in zip(("out", "grad_query", "grad_key", "grad_value"), fused, plain, exact, strict=True):
         error, allowed = ((t.double() - x).norm().item() for t in (a, b))
-        # The inputs are of size 1; where there are few, torch may be exact by chance, and x 0.
-        slack = 4 * torch.finfo(query.dtype).eps * max(x.norm().item(), x.numel() ** 0.5)
+        # The inputs are of size 1; where there are few, torch may be exact by chance, and x 0. One key's gradients are
+        # what two sums of value's width differ by.
+        roundings = 10 if query.shape[2] == 1 else 4
+        slack = roundings * torch.finfo(query.dtype).eps * max(x.norm().item(), x.numel() ** 0.5)
         assert error <= 2 * allowed + slack, f"{name}: {error} from float64, torch {allowed}"
 
 

@@ -93,7 +93,7 @@ def launch_delta(grad_out: Tensor, out: Tensor, grad_lse: Tensor | None, delta: 
         return
     from . import attention_kernels as kernels
 
-    block = 64 if width <= 128 else 32
+    block = 64 if width < 128 else 32
     with torch.cuda.device_of(out):
         kernels.delta_kernel[(-(-rows // block) * batch * heads,)](
             grad_out, out, grad_lse, delta, grad_out.stride(), out.stride(), heads, rows, DV=width,
