@@ -156,7 +156,8 @@ def assert_close(inputs, mask=None, grad_lse=None, **options):
         assert ours.shape == source.shape
         if name != "mask":
             assert ours.dtype == source.dtype and ours.stride() == torch.empty_like(source).stride()
-        allowed = 2 * (torchs.double() - exact).norm() + 3 * torch.finfo(query.dtype).eps * sums.norm()
+        # An addend is rounded six times: the exponent, its power, two products, a difference and the scale.
+        allowed = 2 * (torchs.double() - exact).norm() + 6 * torch.finfo(query.dtype).eps * sums.norm()
         error = (ours.double() - exact).norm()
         assert error <= allowed, f"gradient of {name}: {error} from float64, allowed {allowed}"
 
