@@ -99,7 +99,7 @@ def main() -> None:
     for title, arch, kind, operations, launches in recorded():
         for name, kernel, grid, args, kwargs in launches:
             kernel_title = f"{title}, {name}"
-            if f"{title}, {name}" in builds:  # the gradient of the input after the output, values after keys
+            if kernel_title in builds:  # the gradient of the input after the output, values after keys
                 kernel_title += " again"
             if arguments.only not in kernel_title:
                 continue

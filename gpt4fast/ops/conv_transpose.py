@@ -89,7 +89,8 @@ def _define(dims: int):
         if key is not None and dispatch.choose(dispatch.CONV_TRANSPOSE, impl, call) == "native":
             if len(_BOUND) >= _MOST_BOUND:
                 _BOUND.clear()
-            _BOUND[key] = compiled_conv_transpose.bind(call)
+            _BOUND[key] = bound = compiled_conv_transpose.bind(call)
+            return bound(*tensors)
         return run(call, input, dims, impl)
 
     conv_transpose.__name__ = conv_transpose.__qualname__ = f"conv_transpose{dims}d"

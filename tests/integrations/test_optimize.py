@@ -29,7 +29,7 @@ ACTIVATIONS = {
 
 
 @pytest.fixture
-def calls(monkeypatch) -> list[tuple[str, str | None, bool]]:
+def calls(monkeypatch, every_call_dispatched) -> list[tuple[str, str | None, bool]]:
     """(op, activation, whether it had a scale) of every call that was dispatched."""
     found = []
     run = dispatch.run

@@ -18,15 +18,23 @@ from .availability import triton_refusal
 WIDEST = 256
 
 
+def width_refusal(query: Tensor, value: Tensor) -> str | None:
+    """Why a head is too wide for the kernels, or None."""
+    for name, width in (("head_dim", query.shape[-1]), ("value's head_dim", value.shape[-1])):
+        if width > WIDEST:
+            return f"the Triton kernel takes a {name} of at most {WIDEST}, and this one is {width}"
+    return None
+
+
 def refusal(call: dict) -> str | None:
     """Why the kernels can't serve a call that ``prepare`` of ``attention`` or ``attention_varlen`` made, or None."""
     query, value, mask, slopes = call["query"], call["value"], call.get("attn_mask"), call["alibi_slopes"]
     reason = triton_refusal(query)
     if reason is not None:
         return reason
-    for name, width in (("head_dim", query.shape[-1]), ("value's head_dim", value.shape[-1])):
-        if width > WIDEST:
-            return f"the Triton kernel takes a {name} of at most {WIDEST}, and this one is {width}"
+    reason = width_refusal(query, value)
+    if reason is not None:
+        return reason
     if mask is not None and mask.dtype == torch.float64:
         return "the Triton kernel takes no float64 mask"
     if slopes is not None and needs_grad(slopes):

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..autograd import needs_grad
 from ..compiled.attention import as_float32, as_index, empty_results
 from . import attention_config as config
-from .attention import WIDEST
+from .attention import width_refusal
 from .attention_launch import choose_tile, precision
 from .availability import triton_refusal
 from .device import processors_of
@@ -22,10 +22,7 @@ def refusal(call: dict) -> str | None:
     query, key_cache, value_cache = call["query"], call["key_cache"], call["value_cache"]
     if needs_grad(query, call["key"], call["value"], key_cache, value_cache, call["alibi_slopes"]):
         return "the Triton kernels of attention_decode give no gradients"
-    for name, width in (("head_dim", query.shape[3]), ("value's head_dim", value_cache.shape[3])):
-        if width > WIDEST:
-            return f"the Triton kernel takes a {name} of at most {WIDEST}, and this one is {width}"
-    return triton_refusal(query)
+    return width_refusal(query, value_cache) or triton_refusal(query)
 
 
 def attention_decode(
