@@ -27,10 +27,12 @@ inline void pack_left(Rows<scalar_t> source, int64_t count, T* target) {
   }
 }
 
-// Right operand of a product over the rows' numbers (query @ key^T): (padded_depth / kDepth, kKeyBlock, kDepth), rows
-// past count are zeros in whole vectors and then not written. What moves is kDepth numbers at once, in 32 bits.
+// Right operand of a product over the rows' numbers (query @ key^T): (padded_depth / kDepth, rows, kDepth), kDepth
+// numbers of all rows at the distance target_step. Rows past count are zeros in whole vectors and then not written. What
+// moves is kDepth numbers at once, in 32 bits.
 template <typename T, typename scalar_t>
-inline void pack_transposed(Rows<scalar_t> source, int64_t count, T* target) {
+inline void pack_transposed(Rows<scalar_t> source, int64_t count, T* target,
+                            int64_t target_step = kKeyBlock * kDepth<T>) {
   constexpr int64_t kStep = kLanes * kDepth<T>;  // numbers of a row that one vector holds
   const int64_t depth = padded_depth<T>(source.columns);
   for (int64_t key = 0; key < count; key += kLanes) {
@@ -55,7 +57,7 @@ inline void pack_transposed(Rows<scalar_t> source, int64_t count, T* target) {
       }
       transpose(block);
       for (int64_t i = 0; i < width / kDepth<T>; ++i) {
-        std::memcpy(target + ((d / kDepth<T> + i) * kKeyBlock + key) * kDepth<T>, &block[i], sizeof(Vector));
+        std::memcpy(target + (d / kDepth<T> + i) * target_step + key * kDepth<T>, &block[i], sizeof(Vector));
       }
     }
   }

@@ -1,6 +1,7 @@
 // Transposed convolution with few output channels, which would leave most lanes of conv_transpose_kernel.cpp empty.
-// Here lanes are pixels: one product of all taps' weights (taps * channels, input channels) and the inputs
-// (input channels, pixels), whose rows are then added up where the taps overlap. Compiled once per CPU level.
+// Here lanes are pixels. Outputs that are equal modulo the stride are reached by the same taps, so that neighbours
+// among them are sums over one weight times neighbouring inputs: nothing but sums stays in registers. A block's inputs
+// are copied into planes with zeros around them, where every tap is a shift. Compiled once per CPU level.
 #include "../conv_transpose.h"
 
 #include <algorithm>
@@ -8,26 +9,92 @@
 
 #include "attention_pack.h"
 #include "conv_transpose_few_plan.h"
-#include "conv_transpose_write.h"
+#include "vector_activation.h"
 #include "with_element_type.h"
 
 namespace gpt4fast::cpu::GPT4FAST_LEVEL {
 namespace {
 
-constexpr int64_t kSteps = 128;      // that are summed in one run
-static_assert(kPanel == kKeyBlock);  // of pack_transposed
-
-// (groups, taps, outputs, depth)
+// (groups, kernel D * H, depth / kDepth, kernel W, outputs, kDepth)
 template <typename scalar_t>
 void pack(const ConvTransposeParams& p, void* packed, int64_t thread, int64_t threads) {
   using T = Compute<scalar_t>;
   const FewLayout layout(p);
-  const int64_t depth = padded_depth<T>(layout.inputs), rows = p.groups * layout.rows();
-  for (int64_t row = rows * thread / threads; row < rows * (thread + 1) / threads; ++row) {
-    const int64_t group = row / layout.rows(), tap = row % layout.rows() / layout.outputs;
-    const auto* source = static_cast<const scalar_t*>(p.weight) + group * layout.inputs * p.weight_strides[0] +
-                         row % layout.outputs * p.weight_strides[1] + tap_offset(p, tap);
-    pack_row(source, p.weight_strides[0], layout.inputs, depth, static_cast<T*>(packed) + row * depth);
+  const int64_t columns = p.kernel[2], rows = layout.taps / columns, matrices = p.groups * rows;
+  const int64_t depth = padded_depth<T>(layout.inputs), outputs = layout.outputs;
+  for (int64_t matrix = matrices * thread / threads; matrix < matrices * (thread + 1) / threads; ++matrix) {
+    const auto* source = static_cast<const scalar_t*>(p.weight) + matrix / rows * layout.inputs * p.weight_strides[0] +
+                         tap_offset(p, matrix % rows * columns);
+    T* target = static_cast<T*>(packed) + matrix * depth * columns * outputs;
+    for (int64_t c = 0; c < depth; c += kDepth<T>) {
+      for (int64_t i = 0; i < columns * outputs; ++i, target += kDepth<T>) {
+        pack_row(
+            source + c * p.weight_strides[0] + i % outputs * p.weight_strides[1] + i / outputs * p.weight_strides[4],
+            p.weight_strides[0], least(kDepth<T>, layout.inputs - c), kDepth<T>, target);
+      }
+    }
+  }
+}
+
+// Neighbouring taps of a row that are multiplied together: an input is loaded once for all that meet it. Tap i is in
+// the list's tap's place less i.
+struct OneTap {
+  static constexpr int kTaps = 1, kShifts = 1, kPhases = 1;
+  static constexpr int shift(int) { return 0; }
+  static constexpr int phase(int) { return 0; }
+};
+
+// Kernel 4, stride 2 and an odd padding, which most networks have.
+struct FourTaps {
+  static constexpr int kTaps = 4, kShifts = 3, kPhases = 2;
+  static constexpr int shift(int tap) { return (tap + 1) / 2; }
+  static constexpr int phase(int tap) { return tap % 2; }
+};
+
+// sums (Together::kPhases, kOutputs, ...) = or, with add, += the taps' products, for so many vectors of pixels.
+template <typename Together, int kOutputs, int kVectors, typename T>
+void add_taps(const Tap* taps, int64_t count, FewOperand<T> input, FewOperand<T> weight, int64_t steps, bool add,
+              float* sums, int64_t phase_step, int64_t output_step) {
+  Vector total[Together::kPhases][kOutputs][kVectors] = {};
+  for (int64_t i = 0; i < count; ++i) {
+    const T *from = input.data + taps[i].input, *by = weight.data + taps[i].weight;
+    for (int64_t step = 0; step < steps; ++step, from += input.step, by += weight.step) {
+#pragma GCC unroll 4
+      for (int shift = 0; shift < Together::kShifts; ++shift) {
+        decltype(Product<T>::load(nullptr)) pixels[kVectors];
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) {
+          pixels[v] = Product<T>::load(from + (shift + v * kLanes) * kDepth<T>);
+          keep_in_register(pixels[v]);  // most lie across two cache lines: 1.5 times as fast
+        }
+#pragma GCC unroll 4
+        for (int tap = 0; tap < Together::kTaps; ++tap) {
+          if (Together::shift(tap) != shift) {
+            continue;
+          }
+#pragma GCC unroll 4
+          for (int output = 0; output < kOutputs; ++output) {
+            const auto value = Product<T>::broadcast(by + (output - tap * kOutputs) * kDepth<T>);
+#pragma GCC unroll 4
+            for (int v = 0; v < kVectors; ++v) {
+              Vector& sum = total[Together::phase(tap)][output][v];
+              sum = Product<T>::add(value, pixels[v], sum);
+            }
+          }
+        }
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int phase = 0; phase < Together::kPhases; ++phase) {
+#pragma GCC unroll 4
+    for (int output = 0; output < kOutputs; ++output) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        float* to = sums + phase * phase_step + output * output_step + v * kLanes;
+        store(to, add ? load(to) + total[phase][output][v] : total[phase][output][v]);
+      }
+    }
   }
 }
 
@@ -37,251 +104,218 @@ class Kernel {
 
  public:
   Kernel(const ConvTransposeParams& params, int64_t threads, const void* packed, void* memory)
-      : p(params), plan(params, threads, memory), packed_(static_cast<const T*>(packed)) {}
+      : p(params), plan(params, threads, memory), packed_(static_cast<const T*>(packed)) {
+    plan.find_taps(p);
+  }
 
   void run(int64_t thread, int64_t threads) {
-    const int64_t tasks = plan.blocks.count() * p.groups;
-    for (int64_t task = tasks * thread / threads; task < tasks * (thread + 1) / threads; ++task) {
+    const int64_t tasks = plan.blocks.count() * p.groups, last = tasks * (thread + 1) / threads;
+    for (int64_t task = tasks * thread / threads; task < last; ++task) {
       group_ = task % p.groups;
-      begin(plan.blocks[task / p.groups]);
-      multiply_inputs();
-      with_activation(p.activation, [&](auto activation) { add_up(activation); });
+      outputs_ = plan.blocks[task / p.groups];
+      for (int64_t image = 0; image < outputs_.count[0]; ++image) {
+        copy_inputs(outputs_.first[0] + image);
+        begin_prefetch(task, last, image);
+        with_constant<1, 2, 3, 4>(plan.layout.outputs, [&](auto outputs) { compute<outputs()>(image); });
+      }
     }
   }
 
  private:
-  // What depends on the block's place in an image is kept for the next group, or image.
-  void begin(const Block& outputs) {
-    const bool is_like_last = std::equal(outputs.first + 1, outputs.first + 4, outputs_.first + 1) &&
-                              std::equal(outputs.count + 1, outputs.count + 4, outputs_.count + 1);
-    outputs_ = outputs;
-    inputs_ = inputs_of(p, outputs);
-    if (!is_like_last) {
-      find_columns();
-      find_meetings();
-    }
-  }
-
-  void multiply_inputs() {
-    const FewLayout& layout = plan.layout;
-    const T* weight = packed_ + group_ * layout.rows() * plan.depth;
-    const int64_t pixels = inputs_.size();
-    for (int64_t first = 0; first < pixels; first += kPanel) {
-      const int64_t count = least(kPanel, pixels - first), vectors = divide_up(count, kLanes);
-      for_each_run(first, count, [&](const scalar_t* source, int64_t pixel, int64_t length) {
-        copy_run(source, length, plan.panel + (pixel - first) * kDepth<T>);
-      });
-      const int64_t steps = plan.depth / kDepth<T>, parts = most<int64_t>(divide_up(steps, kSteps), 1);
-      for (int64_t part = 0; part < parts; ++part) {
-        const int64_t begin = steps * part / parts, length = steps * (part + 1) / parts - begin;
-        const LeftOperand<T> left = {weight + begin * kDepth<T>, plan.depth, kDepth<T>};
-        const RightOperand<T> right = {plan.panel + begin * kPanel * kDepth<T>, kPanel * kDepth<T>};
-        if (part == 0) {
-          multiply<false>(layout.rows(), left, right, length, vectors, plan.products + first, plan.pixels);
-        } else {
-          multiply<true>(layout.rows(), left, right, length, vectors, plan.products + first, plan.pixels);
-        }
+  // Calls use with the one of some constants that equals value.
+  template <int kFirst, int... kOthers, typename Use>
+  static void with_constant(int64_t value, Use use) {
+    if constexpr (sizeof...(kOthers) > 0) {
+      if (value != kFirst) {
+        return with_constant<kOthers...>(value, use);
       }
     }
+    use(std::integral_constant<int, kFirst>());
   }
 
-  // Calls use(source, pixel, length) for pixels [first, first + count) of the block's inputs, in runs that lie at one
-  // distance in memory.
-  template <typename Use>
-  void for_each_run(int64_t first, int64_t count, Use use) const {
-    int64_t run = inputs_.count[3];
-    if (run == p.in_size[2] && p.input_strides[3] == p.input_strides[4] * run) {
-      run *= inputs_.count[2];
-    }
-    for (int64_t pixel = first; pixel < first + count;) {
-      const int64_t length = least(run - pixel % run, first + count - pixel);
-      const auto* source = static_cast<const scalar_t*>(p.input) + group_ * plan.layout.inputs * p.input_strides[1];
-      int64_t rest = pixel;
-      for (int axis = 3; axis >= 0; --axis) {
-        source += (inputs_.first[axis] + rest % inputs_.count[axis]) * p.input_strides[axis == 0 ? 0 : axis + 1];
-        rest /= inputs_.count[axis];
-      }
-      use(source, pixel, length);
-      pixel += length;
-    }
-  }
+  // Rows of the planes that one of the inputs fills: zeros, `given` pixels and zeros up to count.
+  struct Row {
+    int64_t before, given, count;
+  };
 
-  void copy_run(const scalar_t* source, int64_t count, T* target) {
-    const int64_t channels = plan.layout.inputs;
-    if (p.input_strides[4] != 1 || p.input_strides[1] == 1) {
-      return pack_columns(Rows<scalar_t>{source, p.input_strides[4], p.input_strides[1], channels}, count, target);
+  // In the order of memory, which processors prefetch.
+  void copy_inputs(int64_t image) {
+    int64_t first[3], count[3];
+    for (int axis = 0; axis < 3; ++axis) {
+      const FewAxis& at = plan.axes[axis];
+      first[axis] = outputs_.first[axis + 1] / at.stride + at.first_shift;
+      count[axis] = at.inputs(outputs_.count[axis + 1]);
     }
-    for (int64_t c = 0; c < channels; c += kDepth<T>, target += kPanel * kDepth<T>) {
-      const scalar_t* from = source + c * p.input_strides[1];
-      for (int64_t i = 0; i < count; i += kLanes) {
-        const int64_t left = count - i;
-        const auto row = [&](int64_t channel) {
-          const scalar_t* at = from + channel * p.input_strides[1] + i;
-          return c + channel >= channels ? Vector{} : load_part(at, left);
-        };
-        if constexpr (kDepth<T> == 1) {
-          store_part(target + i, row(0), left);
-        } else if (left >= kLanes) {
-          store_interleaved(target + i * kDepth<T>, row(0), row(1));
-        } else {
-          T pairs[kLanes * kDepth<T>];
-          store_interleaved(pairs, row(0), row(1));
-          std::memcpy(target + i * kDepth<T>, pairs, static_cast<size_t>(left * kDepth<T>) * sizeof(T));
-        }
-      }
-    }
-  }
-
-  // The same for pixels whose channels are neighbours. Only whole panels are transposed in place.
-  void pack_columns(Rows<scalar_t> pixels, int64_t count, T* target) {
-    for (int64_t i = 0; i < count; i += kLanes) {
-      const int64_t part = least(kLanes, count - i);
-      Rows<scalar_t> some = pixels;
-      some.data += i * pixels.row_stride;
-      if (part == kLanes) {
-        pack_transposed(some, part, target + i * kDepth<T>);
-        continue;
-      }
-      for (int64_t j = 0; j < part; ++j) {
-        const scalar_t* from = some.data + j * pixels.row_stride;
-        for (int64_t c = 0; c < plan.depth; c += kDepth<T>) {
-          pack_row(from + c * pixels.stride, pixels.stride, least(kDepth<T>, pixels.columns - c), kDepth<T>,
-                   target + (c / kDepth<T> * kPanel + i + j) * kDepth<T>);
-        }
-      }
-    }
-  }
-
-  // Sorts the columns of taps by the phase that they reach.
-  void find_columns() {
-    const int64_t stride = p.stride[2];
-    int64_t count = 0;
-    for (int64_t phase = 0; phase < plan.phases; ++phase) {
-      plan.first_columns[phase] = count;
-      for (int64_t tap = 0; tap < p.kernel[2]; ++tap) {
-        const Reached reached = reached_by(p, outputs_, inputs_, 2, tap);
-        if (reached.count > 0 && reached.out % stride == phase) {
-          plan.columns[count++] = {tap, reached.out / stride, reached.count, reached.in};
-        }
-      }
-    }
-    plan.first_columns[plan.phases] = count;
-  }
-
-  void find_meetings() {
-    std::fill_n(plan.meetings, outputs_.count[2], 0);
-    for (int64_t tap = 0; tap < p.kernel[1]; ++tap) {
-      const Reached reached = reached_by(p, outputs_, inputs_, 1, tap);
-      for (int64_t i = 0; i < reached.count; ++i) {
-        const int64_t row = reached.out + i * reached.out_step;
-        plan.meeting[row * p.kernel[1] + plan.meetings[row]++] = {tap, reached.in + i};
-      }
-    }
-  }
-
-  template <typename Activation>
-  void add_up(Activation activation) {
-    const int64_t outputs = plan.layout.outputs, image_size = p.out_size[0] * p.out_size[1] * p.out_size[2];
-    for (int64_t image = 0; image < outputs_.count[0]; ++image) {
-      for (int64_t d = 0; d < outputs_.count[1]; ++d) {
-        for (int64_t h = 0; h < outputs_.count[2]; ++h) {
-          const int64_t rows = find_tap_rows(image, d, h);
-          for (int64_t c = 0; c < outputs; ++c) {
-            add_line(rows, c, activation);
+    Row columns = {least(most<int64_t>(-first[2], 0), count[2]), 0, count[2]};
+    columns.given = most<int64_t>(least(first[2] + count[2], p.in_size[2]) - first[2] - columns.before, 0);
+    const int64_t channels = plan.layout.inputs, planes = plan.depth / kDepth<T>, step = plan.pitch * kDepth<T>;
+    const auto* input = static_cast<const scalar_t*>(p.input) + image * p.input_strides[0] +
+                        group_ * channels * p.input_strides[1] + (first[2] + columns.before) * p.input_strides[4];
+    const auto for_each_row = [&](auto use) {
+      for (int64_t i = 0; i < count[0]; ++i) {
+        for (int64_t j = 0; j < count[1]; ++j) {
+          const int64_t d = first[0] + i, h = first[1] + j;
+          Row row = columns;
+          if (d < 0 || d >= p.in_size[0] || h < 0 || h >= p.in_size[1]) {
+            row.before = row.given = 0;
           }
-          const int64_t position =
-              ((outputs_.first[1] + d) * p.out_size[1] + outputs_.first[2] + h) * p.out_size[2] + outputs_.first[3];
-          write_lines((outputs_.first[0] + image) * image_size, position, image_size);
+          use(row, d * p.input_strides[2] + h * p.input_strides[3],
+              plan.planes + (i * plan.size[1] + j) * plan.size[2] * kDepth<T>);
+        }
+      }
+    };
+    if (p.input_strides[4] == 1 && p.input_strides[1] != 1) {
+      for (int64_t plane = 0; plane < planes; ++plane) {
+        const scalar_t* channel = input + plane * kDepth<T> * p.input_strides[1];
+        const bool is_single = (plane + 1) * kDepth<T> > channels;
+        for_each_row([&](Row row, int64_t offset, T* target) {
+          copy_row(row, channel + offset, is_single, target + plane * step);
+        });
+      }
+      return;
+    }
+    for_each_row([&](Row row, int64_t offset, T* target) {
+      for (int64_t plane = 0; plane < planes; ++plane) {
+        fill_zeros(0, row.before, target + plane * step);
+        fill_zeros(row.before + row.given, row.count, target + plane * step);
+      }
+      if (row.given > 0) {
+        const Rows<scalar_t> pixels = {input + offset, p.input_strides[4], p.input_strides[1], channels};
+        pack_transposed(pixels, row.given, target + row.before * kDepth<T>, step);
+      }
+    });
+  }
+
+  // Of kDepth channels, or of the last alone. In whole vectors: what stands behind is written later, or means nothing.
+  void copy_row(Row row, const scalar_t* source, bool is_single, T* target) const {
+    fill_zeros(0, row.before, target);
+    for (int64_t i = 0; i < row.given; i += kLanes) {
+      const Vector pixels = load_part(source + i, row.given - i);
+      T* to = target + (row.before + i) * kDepth<T>;
+      if constexpr (kDepth<T> == 1) {
+        store(to, pixels);
+      } else {
+        const scalar_t* next = source + p.input_strides[1] + i;
+        store_interleaved(to, pixels, is_single ? Vector{} : load_part(next, row.given - i));
+      }
+    }
+    fill_zeros(row.before + round_up(row.given, kLanes), row.count, target);
+  }
+
+  static void fill_zeros(int64_t first, int64_t last, T* row) {
+    for (int64_t i = first; i < last; i += kLanes) {
+      std::memset(row + i * kDepth<T>, 0, kLanes * kDepth<T> * sizeof(T));
+    }
+  }
+
+  // The inputs of the image to come are fetched while this one is computed.
+  void begin_prefetch(int64_t task, int64_t last_task, int64_t image) {
+    const int64_t rows = divide_up(plan.axes[1].steps(outputs_.count[2]), plan.rows);
+    const int64_t steps = outputs_.count[1] * rows * plan.phases[1];
+    if (image + 1 < outputs_.count[0]) {
+      prefetch_ = FewPrefetch<scalar_t>(p, outputs_, outputs_.first[0] + image + 1, group_, steps);
+    } else if (task + 1 < last_task) {
+      const Block next = plan.blocks[(task + 1) / p.groups];
+      prefetch_ = FewPrefetch<scalar_t>(p, next, next.first[0], (task + 1) % p.groups, steps);
+    }
+  }
+
+  template <int kOutputs>
+  void compute(int64_t image) {
+    const int64_t columns = plan.axes[2].steps(outputs_.count[3]), all_rows = plan.axes[1].steps(outputs_.count[2]);
+    for (int64_t d = 0; d < outputs_.count[1]; ++d) {
+      for (int64_t row = 0; row < all_rows; row += plan.rows) {
+        const int64_t rows = least(plan.rows, all_rows - row), pixels = (rows - 1) * plan.size[2] + columns;
+        const T* input = plan.planes + (d / p.stride[0] * plan.size[1] + row) * plan.size[2] * kDepth<T>;
+        for (int64_t phase = 0; phase < plan.phases[1]; ++phase) {
+          const int64_t phases = (d % p.stride[0] * plan.phases[1] + phase) * plan.phases[2];
+          prefetch_.step();
+          add_up<kOutputs>(input, plan.first_taps + phases, pixels);
+          for (int64_t i = 0, h = row * p.stride[1] + phase; i < rows && h < outputs_.count[2]; ++i, h += p.stride[1]) {
+            with_activation(p.activation,
+                            [&](auto activation) { write_row(image, d, h, i * plan.size[2], activation); });
+          }
         }
       }
     }
   }
 
-  int64_t find_tap_rows(int64_t image, int64_t d, int64_t h) {
-    TapRow* row = plan.tap_rows;
-    const MeetingRow* meeting = plan.meeting + h * p.kernel[1];
-    for (int64_t i = 0; i < p.kernel[0]; ++i) {
-      const int64_t in_d = input_of(0, i, d);
-      for (int64_t j = 0; in_d >= 0 && j < plan.meetings[h]; ++j) {
-        const int64_t line = (image * inputs_.count[1] + in_d) * inputs_.count[2] + meeting[j].input;
-        *row++ = {(i * p.kernel[1] + meeting[j].tap) * p.kernel[2], plan.products + line * inputs_.count[3]};
+  // All phases along W of neighbouring rows of outputs, or of one, that have one phase along D and H.
+  template <int kOutputs>
+  void add_up(const T* input, const int64_t* first_taps, int64_t pixels) {
+    if (plan.is_by_fours) {
+      return add_phase<FourTaps, kOutputs>(input, first_taps, pixels, plan.sums);
+    }
+    for (int64_t phase = 0; phase < plan.phases[2]; ++phase) {
+      add_phase<OneTap, kOutputs>(input, first_taps + phase, pixels, plan.sums + phase * plan.sums_step);
+    }
+  }
+
+  template <typename Together, int kOutputs>
+  void add_phase(const T* input, const int64_t* first_taps, int64_t pixels, float* sums) {
+    const T* weight = packed_ + group_ * plan.layout.taps * plan.depth * kOutputs;
+    const int64_t input_step = plan.pitch * kDepth<T>, weight_step = p.kernel[2] * kOutputs * kDepth<T>;
+    const int64_t steps = plan.depth / kDepth<T>, runs = most<int64_t>(divide_up(steps, plan.steps), 1);
+    const int64_t vectors = divide_up(pixels, kLanes);
+    constexpr int64_t kVectors = kTileVectors / Together::kPhases;
+    const int64_t parts = divide_up(vectors, kVectors);
+    for (int64_t part = 0; part < parts; ++part) {
+      const int64_t first = vectors * part / parts, count = vectors * (part + 1) / parts - first;
+      for (int64_t run = 0; run < runs; ++run) {
+        const int64_t begin = steps * run / runs, length = steps * (run + 1) / runs - begin;
+        const FewOperand<T> from = {input + first * kLanes * kDepth<T> + begin * input_step, input_step};
+        const FewOperand<T> by = {weight + begin * weight_step, weight_step};
+        with_constant<1, 2, 3, 4>(count, [&](auto constant) {
+          if constexpr (constant() <= kVectors) {
+            add_taps<Together, kOutputs, constant()>(plan.taps + first_taps[0], first_taps[1] - first_taps[0], from, by,
+                                                     length, run > 0, sums + first * kLanes, plan.sums_step,
+                                                     plan.phases[2] * plan.sums_step);
+          }
+        });
       }
     }
-    return row - plan.tap_rows;
   }
 
-  // The input, counted from the block's first, that meets one output of the block by one tap; or -1.
-  int64_t input_of(int axis, int64_t tap, int64_t output) const {
-    const int64_t at = outputs_.first[axis + 1] + output + p.padding[axis] - tap * p.dilation[axis];
-    const int64_t input = at / p.stride[axis];
-    return at < 0 || at % p.stride[axis] != 0 || input >= p.in_size[axis] ? -1 : input - inputs_.first[axis + 1];
-  }
-
-  // One channel's outputs of a line.
+  // Finishes a row of outputs whose sums begin at `first`, and writes it.
   template <typename Activation>
-  void add_line(int64_t rows, int64_t c, Activation activation) {
-    const int64_t channel = group_ * plan.layout.outputs + c, stride = p.stride[2], count = outputs_.count[3];
-    const Vector scale = broadcast(p.scale[channel]), offset = broadcast(p.offset[channel]);
-    float* line = plan.lines + c * plan.line_length;
-    for (int64_t i = 0; i * stride < count; i += kLanes) {
-      Vector even = {};
-      for (int64_t phase = 0; phase < plan.phases; ++phase) {
-        const Vector sums = add_phase(rows, c, phase, i);
-        const Vector value = activation(multiply_add(sums, scale, offset), p.negative_slope);
+  void write_row(int64_t image, int64_t d, int64_t h, int64_t first, Activation activation) {
+    const int64_t outputs = plan.layout.outputs, count = outputs_.count[3], stride = p.stride[2];
+    const int64_t image_size = p.out_size[0] * p.out_size[1] * p.out_size[2];
+    const int64_t position =
+        ((outputs_.first[1] + d) * p.out_size[1] + outputs_.first[2] + h) * p.out_size[2] + outputs_.first[3];
+    auto* out = static_cast<scalar_t*>(p.out) + (outputs_.first[0] + image) * p.out_channels * image_size;
+    for (int64_t output = 0; output < outputs; ++output) {
+      const int64_t channel = group_ * outputs + output;
+      const Vector scale = broadcast(p.scale[channel]), offset = broadcast(p.offset[channel]);
+      const auto finished = [&](int64_t phase, int64_t i) {
+        const float* sums = plan.sums + (output * plan.phases[2] + phase) * plan.sums_step + first;
+        return activation(multiply_add(load(sums + i), scale, offset), p.negative_slope);
+      };
+      for (int64_t i = 0; i * stride < count; i += kLanes) {
         if (stride == 1) {
-          store(line + i, value);
-        } else if (stride == 2 && phase == 0) {
-          even = value;
-        } else if (stride == 2) {
+          store(plan.line + i, finished(0, i));
+        } else if (stride == 2 && plan.phases[2] == 2) {
           Vector low, high;
-          interleave(even, value, low, high);
-          store(line + 2 * i, low);
-          store(line + 2 * i + kLanes, high);
+          interleave(finished(0, i), finished(1, i), low, high);
+          store(plan.line + 2 * i, low);
+          store(plan.line + 2 * i + kLanes, high);
         } else {
-          float values[kLanes];
-          store(values, value);
-          for (int64_t j = 0; j < kLanes; ++j) {
-            line[(i + j) * plan.phases + phase] = values[j];
+          for (int64_t phase = 0; phase < plan.phases[2]; ++phase) {
+            float values[kLanes];
+            store(values, finished(phase, i));
+            for (int64_t j = 0; j < least(kLanes, divide_up(count - phase, stride) - i); ++j) {
+              plan.line[(i + j) * stride + phase] = values[j];
+            }
           }
         }
       }
-    }
-  }
-
-  // Outputs [start, start + kLanes) of one phase of a line.
-  [[gnu::always_inline]] Vector add_phase(int64_t rows, int64_t c, int64_t phase, int64_t start) const {
-    Vector sums = {};
-    for (int64_t row = 0; row < rows; ++row) {
-      const TapRow& taps = plan.tap_rows[row];
-      for (int64_t k = plan.first_columns[phase]; k < plan.first_columns[phase + 1]; ++k) {
-        const Column& column = plan.columns[k];
-        const int64_t from = start - column.first;
-        if (from + kLanes <= 0 || from >= column.count) {
-          continue;
-        }
-        const int64_t tap = taps.tap + column.tap;
-        const float* addends = taps.inputs + column.input + from;
-        const Vector more = sums + load(addends + (tap * plan.layout.outputs + c) * plan.pixels);
-        const bool whole = from >= 0 && from + kLanes <= column.count;
-        sums = whole ? more : select(lanes_between(-from, column.count - from), more, sums);
-      }
-    }
-    return sums;
-  }
-
-  void write_lines(int64_t image, int64_t position, int64_t image_size) {
-    const int64_t outputs = plan.layout.outputs, count = outputs_.count[3];
-    auto* out = static_cast<scalar_t*>(p.out) + image * p.out_channels;
-    for (int64_t c = 0; c < outputs; ++c) {
-      const float* line = plan.lines + c * plan.line_length;
-      const int64_t channel = group_ * outputs + c;
       for (int64_t i = 0; i < count; i += kLanes) {
         if (!p.channels_last) {
-          store_part(out + channel * image_size + position + i, load(line + i), count - i);
+          store_part(out + channel * image_size + position + i, load(plan.line + i), count - i);
           continue;
         }
         scalar_t values[kLanes];
-        store(values, load(line + i));
+        store(values, load(plan.line + i));
         for (int64_t j = 0; j < least(kLanes, count - i); ++j) {
           out[(position + i + j) * p.out_channels + channel] = values[j];
         }
@@ -292,15 +326,16 @@ class Kernel {
   const ConvTransposeParams& p;
   FewPlan<scalar_t> plan;
   const T* packed_;
+  FewPrefetch<scalar_t> prefetch_;
   int64_t group_;
-  Block outputs_ = {{0, -1, 0, 0}, {}}, inputs_;  // of no place yet
+  Block outputs_;
 };
 
 int64_t packed_bytes(const ConvTransposeParams& p) {
   return with_element_type(p.dtype, [&](auto type) {
     using T = Compute<decltype(type)>;
     const FewLayout layout(p);
-    return p.groups * layout.rows() * padded_depth<T>(layout.inputs) * static_cast<int64_t>(sizeof(T));
+    return p.groups * layout.taps * layout.outputs * padded_depth<T>(layout.inputs) * static_cast<int64_t>(sizeof(T));
   });
 }
 

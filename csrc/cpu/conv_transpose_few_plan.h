@@ -2,43 +2,96 @@
 
 // How conv_transpose_few_kernel.cpp cuts a call, and its scratch memory.
 
+#include <algorithm>
+#include <numeric>
+
 #include "conv_transpose_blocks.h"
 #include "pack_row.h"
 #include "scratch.h"
 
 namespace gpt4fast::cpu::GPT4FAST_LEVEL {
 
-inline constexpr int64_t kMostProducts = 128 << 10;  // of a block, in floats: half of L2
-
-inline constexpr int64_t kPanel = 64;  // pixels that are multiplied at once
+inline constexpr int64_t kMostInputBytes = 512 << 10;  // of a block: half of L2
+inline constexpr int64_t kMostOutputs = 64 << 10;      // of a block
+inline constexpr int64_t kProducts = 128;              // that are summed in one run
 
 struct FewLayout {
   int64_t inputs, outputs, taps;  // of a group
 
   explicit FewLayout(const ConvTransposeParams& p)
-      : inputs(p.in_channels / p.groups),
-        outputs(p.out_channels / p.groups),
-        taps(p.kernel[0] * p.kernel[1] * p.kernel[2]) {}
-
-  int64_t rows() const { return taps * outputs; }
+      : inputs(p.in_channels / p.groups), outputs(p.out_channels / p.groups), taps(taps_of(p)) {}
 };
 
-// A column of taps, and what it reaches of a line of outputs that has one phase (outputs that are equal modulo the
-// stride): outputs [first, first + count) of the phase, of inputs from `input` on.
-struct Column {
-  int64_t tap, first, count, input;
+// Along one dimension, output step * stride + phase meets input step + shift by each tap whose shift is whole.
+struct FewAxis {
+  int64_t stride, padding, dilation, first_shift, last_shift;
+
+  FewAxis(const ConvTransposeParams& p, int axis)
+      : stride(p.stride[axis]),
+        padding(p.padding[axis]),
+        dilation(p.dilation[axis]),
+        first_shift(divide_up(padding - (p.kernel[axis] - 1) * dilation, stride)),
+        last_shift(divide_down(padding + stride - 1, stride)) {}
+
+  int64_t steps(int64_t outputs) const { return divide_up(outputs, stride); }
+  int64_t inputs(int64_t outputs) const { return steps(outputs) + last_shift - first_shift; }
+
+  // Of a tap.
+  int64_t phase(int64_t tap) const {
+    return tap * dilation - padding - stride * divide_down(tap * dilation - padding, stride);
+  }
+  int64_t shift(int64_t tap) const { return -divide_down(tap * dilation - padding, stride); }
 };
 
-// A row of taps that reaches a row of outputs, and the row of inputs, counted from the block's first, that it
-// multiplies.
-struct MeetingRow {
-  int64_t tap, input;
+// Where a tap's inputs lie, counted from those of the first shifts, and its weights.
+struct Tap {
+  int64_t input, weight;
 };
 
-// The same for a line of outputs in all dimensions.
-struct TapRow {
-  int64_t tap;          // its first
-  const float* inputs;  // products with its first tap's weight
+// What lies so far apart for each of the kDepth steps of a sum.
+template <typename T>
+struct FewOperand {
+  const T* data;
+  int64_t step;
+};
+
+// Fetches the inputs of one image of a block (of its first plane along D) into L2 in so many steps. A burst of reads
+// would wait for memory: a batch of 64 takes 1.2 times as long, channels last 1.3.
+template <typename scalar_t>
+class FewPrefetch {
+ public:
+  FewPrefetch() = default;
+
+  FewPrefetch(const ConvTransposeParams& p, const Block& outputs, int64_t image, int64_t group, int64_t steps) {
+    const Block inputs = inputs_of(p, outputs);
+    const int64_t* strides = p.input_strides;
+    const bool has_planes = strides[4] == 1 && strides[1] != 1;  // of channels, whose rows are neighbours
+    constexpr auto kSize = static_cast<int64_t>(sizeof(scalar_t));
+    const int64_t channels = p.in_channels / p.groups;
+    data_ = static_cast<const char*>(p.input) +
+            kSize * (image * strides[0] + group * channels * strides[1] + inputs.first[1] * strides[2] +
+                     inputs.first[2] * strides[3] + inputs.first[3] * strides[4]);
+    row_step_ = kSize * strides[has_planes ? 1 : 3];
+    const int64_t rows = inputs.size() == 0 ? 0 : has_planes ? channels : inputs.count[2];
+    lines_ = divide_up(kSize * (has_planes ? inputs.count[2] * strides[3] : inputs.count[3] * strides[4]), 64);
+    left_ = rows * lines_;
+    each_ = divide_up(left_, steps);
+  }
+
+  void step() {
+    for (const int64_t stop = most<int64_t>(left_ - each_, 0); left_ > stop; --left_) {
+      __builtin_prefetch(data_ + line_ * 64, 0, 2);
+      if (++line_ == lines_) {
+        line_ = 0;
+        data_ += row_step_;
+      }
+    }
+  }
+
+ private:
+  const char* data_ = nullptr;
+  int64_t row_step_ = 0, lines_ = 0, line_ = 0;  // cache lines of a row
+  int64_t left_ = 0, each_ = 0;                  // of a step
 };
 
 template <typename scalar_t>
@@ -46,45 +99,92 @@ struct FewPlan : Scratch {
   using T = Compute<scalar_t>;
 
   FewLayout layout;
+  FewAxis axes[3];
   int64_t depth;
   Blocks blocks;
-  int64_t pixels;          // between rows of products
-  T* panel;                // (depth / kDepth, kPanel, kDepth)
-  float* products;         // (layout.rows(), pixels)
-  float* lines;            // (outputs, line_length): finished
-  Column* columns;         // (kernel W), by phases
-  int64_t* first_columns;  // (phases + 1)
-  int64_t* meetings;       // (rows of outputs): how many rows of taps reach it
-  MeetingRow* meeting;     // (rows of outputs, kernel H): which
-  TapRow* tap_rows;        // (kernel D * H)
-  int64_t phases;          // of a line
-  int64_t line_length;
+  int64_t size[3];  // of the planes
+  int64_t pitch;    // pixels from one plane to the next
+  int64_t phases[3];
+  bool is_by_fours;  // the taps of a row are multiplied together
+  int64_t rows;      // of outputs of one phase that are summed as one line
+  int64_t sums_step;
+  int64_t steps;        // of the depth, of a run
+  T* planes;            // (depth / kDepth, pitch, kDepth): a block's inputs
+  float* sums;          // (outputs, phases of W, sums_step)
+  float* line;          // of outputs
+  Tap* taps;            // by phases
+  int64_t* first_taps;  // (phases + 1)
 
   FewPlan(const ConvTransposeParams& p, int64_t threads, void* memory)
       : Scratch(memory),
         layout(p),
+        axes{{p, 0}, {p, 1}, {p, 2}},
         depth(padded_depth<T>(layout.inputs)),
-        blocks(p, p.batch * p.out_size[0] * p.out_size[1] * p.out_size[2]) {
-    const int64_t rows = layout.rows();
-    for (int64_t outputs = blocks.largest().size();
-         outputs > 64 && (blocks.most_inputs() * rows > kMostProducts || blocks.count() * p.groups < threads);) {
+        blocks(p, kMostOutputs) {
+    const auto pixels = [&] {
+      const Block block = blocks.largest();
+      return axes[0].inputs(block.count[1]) * axes[1].inputs(block.count[2]) * axes[2].inputs(block.count[3]);
+    };
+    for (int64_t outputs = least(kMostOutputs, blocks.largest().size());
+         outputs > 64 && (depth * pixels() * static_cast<int64_t>(sizeof(T)) > kMostInputBytes ||
+                          blocks.count() * p.groups < 2 * threads);) {
       outputs /= 2;
       blocks = Blocks(p, outputs);
     }
-    // No power of 2 apart, or all rows would share a few lines of the caches: 1.3 times as fast.
-    pixels = round_up(blocks.most_inputs(), 64) + 16;
-    // With a stride of 2 always both, which are interleaved.
-    phases = p.stride[2] == 2 ? 2 : least(p.stride[2], blocks.largest().count[3]);
-    line_length = (round_up(divide_up(blocks.largest().count[3], phases), kLanes) + kLanes) * phases;
-    take(panel, depth * kPanel);
-    take(products, rows * pixels + 2 * kLanes);  // around them is read what means nothing
-    products += kLanes;
-    take(lines, layout.outputs * line_length);
-    take(columns, p.kernel[2]);
-    take(first_columns, phases + 1);
-    take(meetings, blocks.largest().count[2]);
-    take(meeting, blocks.largest().count[2] * p.kernel[1]);
-    take(tap_rows, p.kernel[0] * p.kernel[1]);
+    const Block block = blocks.largest();
+    for (int axis = 0; axis < 3; ++axis) {
+      size[axis] = axes[axis].inputs(block.count[axis + 1]);
+      phases[axis] = least(p.stride[axis], block.count[axis + 1]);
+    }
+    is_by_fours = p.kernel[2] == 4 && p.dilation[2] == 1 && p.padding[2] % 2 == 1 && p.stride[2] == 2 && phases[2] == 2;
+    // Rows one after another, with the inputs around them, where that takes fewer vectors than each by itself.
+    const int64_t all_rows = axes[1].steps(block.count[2]), columns = axes[2].steps(block.count[3]);
+    rows = divide_up((all_rows - 1) * size[2] + columns, kLanes) < all_rows * divide_up(columns, kLanes) ? all_rows : 1;
+    if (rows == 1) {
+      size[2] = round_up(size[2], kLanes);  // so that a third of the loads lie in one cache line
+    }
+    // A vector more than there are pixels, for what is written in whole vectors; an odd number of them, since planes a
+    // power of 2 apart would share few lines of L1.
+    pitch = ((divide_up(size[0] * size[1] * size[2], kLanes) + 1) | 1) * kLanes;
+    sums_step = round_up((rows - 1) * size[2] + columns, kLanes) + kLanes;
+    int64_t together = 1;
+    for (int axis = 0; axis < 3; ++axis) {
+      together *= divide_up(p.kernel[axis], p.stride[axis]);
+    }
+    steps = most<int64_t>(kProducts / together, 8);
+    take(planes, (depth / kDepth<T> * pitch + kTileVectors * kLanes) * kDepth<T>);
+    take(sums, layout.outputs * phases[2] * sums_step);
+    take(line, phases[2] * round_up(columns, kLanes));
+    take(taps, layout.taps);
+    take(first_taps, phases[0] * phases[1] * phases[2] + 1);
+  }
+
+  // Lists the taps of each phase; of those that are multiplied by fours, the last of each four.
+  void find_taps(const ConvTransposeParams& p) {
+    const int64_t last = phases[0] * phases[1] * phases[2];
+    std::fill_n(first_taps, last + 1, 0);
+    const auto for_each = [&](auto use) {
+      for (int64_t i = is_by_fours ? 3 : 0; i < layout.taps; i += is_by_fours ? 4 : 1) {
+        const int64_t tap[3] = {i / p.kernel[2] / p.kernel[1], i / p.kernel[2] % p.kernel[1], i % p.kernel[2]};
+        int64_t phase = 0, input = 0;
+        bool is_met = true;  // by an output of the block
+        for (int axis = 0; axis < 3; ++axis) {
+          const FewAxis& at = axes[axis];
+          is_met = is_met && at.phase(tap[axis]) < phases[axis];
+          phase = phase * phases[axis] + at.phase(tap[axis]);
+          input = input * size[axis] + at.shift(tap[axis]) - at.first_shift;
+        }
+        if (is_met) {
+          const int64_t row = i / p.kernel[2];
+          use(phase, Tap{input * kDepth<T>, (row * depth * p.kernel[2] + tap[2] * kDepth<T>)*layout.outputs});
+        }
+      }
+    };
+    for_each([&](int64_t phase, Tap) { ++first_taps[phase + 1]; });
+    std::partial_sum(first_taps, first_taps + last + 1, first_taps);
+    for_each([&](int64_t phase, Tap tap) { taps[first_taps[phase]++] = tap; });
+    std::copy_backward(first_taps, first_taps + last, first_taps + last + 1);
+    first_taps[0] = 0;
   }
 };
 

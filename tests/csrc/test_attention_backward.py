@@ -123,11 +123,12 @@ def summed_roundings(query, key, value, grad_out, grad_lse=None, mask=None, **op
     group = query.shape[1] // max(key.shape[1], 1)
     query, key, value, grad_out = (x.double() for x in (query, key, value, grad_out))
     out, lse, weights = definition(query, key, value, mask, **options)
-    weights = weights * lse.abs().clamp(min=1).unsqueeze(-1)
-    grads = grad_out.abs() @ value.abs().repeat_interleave(group, 1).mT + (grad_out * out).abs().sum(-1, keepdim=True)
+    undropped = definition(query, key, value, mask, **options | {"dropout_p": 0})[2]
+    weights, undropped = (x * lse.abs().clamp(min=1).unsqueeze(-1) for x in (weights, undropped))
+    of_rows = (grad_out * out).abs().sum(-1, keepdim=True)
     if grad_lse is not None:
-        grads = grads + grad_lse.abs().unsqueeze(-1)
-    grads = weights * grads
+        of_rows = of_rows + grad_lse.abs().unsqueeze(-1)
+    grads = weights * (grad_out.abs() @ value.abs().repeat_interleave(group, 1).mT) + undropped * of_rows
     scale = abs(options.get("scale", 1 / math.sqrt(max(query.shape[-1], 1))))
 
     def of_keys(x):

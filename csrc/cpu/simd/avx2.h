@@ -91,6 +91,12 @@ inline __m128i to_bfloat16(Vector value) {
   return _mm_packus_epi32(_mm256_castsi256_si128(result), _mm256_extracti128_si256(result, 1));
 }
 
+// Keeps a value in a register, where the compiler would read it from memory once for each use.
+template <typename Value>
+inline void keep_in_register(Value& value) {
+  asm("" : "+x"(value));
+}
+
 inline void store(float* target, Vector value) {
   _mm256_storeu_ps(target, value);
 }

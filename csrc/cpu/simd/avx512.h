@@ -81,6 +81,12 @@ inline Vector load(const int8_t* source, int64_t count) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(lanes_between(0, count), source)));
 }
 
+// Keeps a value in a register, where the compiler would read it from memory once for each use.
+template <typename Value>
+inline void keep_in_register(Value& value) {
+  asm("" : "+v"(value));
+}
+
 inline void store(float* target, Vector value) {
   _mm512_storeu_ps(target, value);
 }

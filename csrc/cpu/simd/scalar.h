@@ -93,6 +93,11 @@ inline Vector load(const T* source, int64_t count) {
   return load(values);
 }
 
+// Keeps a value in a register, where the compiler would read it from memory once for each use. No name of one is
+// portable.
+template <typename Value>
+inline void keep_in_register(Value&) {}
+
 inline void store(float* target, Vector value) {
   std::memcpy(target, &value, sizeof(value));
 }
