@@ -9,6 +9,7 @@
 
 #include "attention_pack.h"
 #include "conv_transpose_few_plan.h"
+#include "conv_transpose_prefetch.h"
 #include "vector_activation.h"
 #include "with_element_type.h"
 
@@ -208,15 +209,19 @@ class Kernel {
     }
   }
 
-  // The inputs of the image to come are fetched while this one is computed.
+  // For the image to come, of this block or the next.
   void begin_prefetch(int64_t task, int64_t last_task, int64_t image) {
     const int64_t rows = divide_up(plan.axes[1].steps(outputs_.count[2]), plan.rows);
-    const int64_t steps = outputs_.count[1] * rows * plan.phases[1];
-    if (image + 1 < outputs_.count[0]) {
-      prefetch_ = FewPrefetch<scalar_t>(p, outputs_, outputs_.first[0] + image + 1, group_, steps);
-    } else if (task + 1 < last_task) {
-      const Block next = plan.blocks[(task + 1) / p.groups];
-      prefetch_ = FewPrefetch<scalar_t>(p, next, next.first[0], (task + 1) % p.groups, steps);
+    if (++image == outputs_.count[0]) {
+      ++task;
+      image = 0;
+    }
+    if (task < last_task) {
+      Block next = plan.blocks[task / p.groups];
+      next.first[0] += image;
+      next.count[0] = 1;
+      prefetch_ = InputPrefetch(p, next, task % p.groups * plan.layout.inputs, plan.layout.inputs,
+                                outputs_.count[1] * rows * plan.phases[1], static_cast<const scalar_t*>(nullptr));
     }
   }
 
@@ -326,7 +331,7 @@ class Kernel {
   const ConvTransposeParams& p;
   FewPlan<scalar_t> plan;
   const T* packed_;
-  FewPrefetch<scalar_t> prefetch_;
+  InputPrefetch prefetch_;
   int64_t group_;
   Block outputs_;
 };

@@ -55,45 +55,6 @@ struct FewOperand {
   int64_t step;
 };
 
-// Fetches the inputs of one image of a block (of its first plane along D) into L2 in so many steps. A burst of reads
-// would wait for memory: a batch of 64 takes 1.2 times as long, channels last 1.3.
-template <typename scalar_t>
-class FewPrefetch {
- public:
-  FewPrefetch() = default;
-
-  FewPrefetch(const ConvTransposeParams& p, const Block& outputs, int64_t image, int64_t group, int64_t steps) {
-    const Block inputs = inputs_of(p, outputs);
-    const int64_t* strides = p.input_strides;
-    const bool has_planes = strides[4] == 1 && strides[1] != 1;  // of channels, whose rows are neighbours
-    constexpr auto kSize = static_cast<int64_t>(sizeof(scalar_t));
-    const int64_t channels = p.in_channels / p.groups;
-    data_ = static_cast<const char*>(p.input) +
-            kSize * (image * strides[0] + group * channels * strides[1] + inputs.first[1] * strides[2] +
-                     inputs.first[2] * strides[3] + inputs.first[3] * strides[4]);
-    row_step_ = kSize * strides[has_planes ? 1 : 3];
-    const int64_t rows = inputs.size() == 0 ? 0 : has_planes ? channels : inputs.count[2];
-    lines_ = divide_up(kSize * (has_planes ? inputs.count[2] * strides[3] : inputs.count[3] * strides[4]), 64);
-    left_ = rows * lines_;
-    each_ = divide_up(left_, steps);
-  }
-
-  void step() {
-    for (const int64_t stop = most<int64_t>(left_ - each_, 0); left_ > stop; --left_) {
-      __builtin_prefetch(data_ + line_ * 64, 0, 2);
-      if (++line_ == lines_) {
-        line_ = 0;
-        data_ += row_step_;
-      }
-    }
-  }
-
- private:
-  const char* data_ = nullptr;
-  int64_t row_step_ = 0, lines_ = 0, line_ = 0;  // cache lines of a row
-  int64_t left_ = 0, each_ = 0;                  // of a step
-};
-
 template <typename scalar_t>
 struct FewPlan : Scratch {
   using T = Compute<scalar_t>;

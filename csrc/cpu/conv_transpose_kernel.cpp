@@ -79,9 +79,15 @@ struct Plan : Scratch {
         in_place(std::is_same_v<T, scalar_t> && p.input_strides[1] == 1 && layout.depth == layout.group_inputs),
         blocks(p, kMostOutputs) {
     const int64_t pixel = p.groups * layout.depth * static_cast<int64_t>(sizeof(T));
+    const int64_t columns = p.groups * layout.blocks;
+    const int64_t work = p.batch * p.out_size[0] * p.out_size[1] * p.out_size[2] * columns;
+    const auto is_uneven = [&] {  // a thread may have a tenth more to do than its share
+      const int64_t most_tasks = divide_up(blocks.count() * columns, threads);
+      return most_tasks * blocks.largest().size() * threads * 10 > work * 11;
+    };
     for (int64_t outputs = kMostOutputs;
-         outputs > 16 && ((!in_place && blocks.most_inputs() * pixel > kMostInputBytes) ||
-                          (outputs > 64 && blocks.count() * p.groups * layout.blocks < 2 * threads));) {
+         outputs > 16 &&
+         ((!in_place && blocks.most_inputs() * pixel > kMostInputBytes) || (outputs > 64 && is_uneven()));) {
       outputs /= 2;
       blocks = Blocks(p, outputs);
     }
