@@ -8,7 +8,8 @@ preference lists follow measurements (``benchmarks/LOG.md``).
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -84,8 +85,32 @@ def requested(impl: str | None) -> str:
     return name
 
 
+_LISTENERS: list[Callable[[Op, str], None]] = []
+
+
+@contextmanager
+def listening(listener: Callable[[Op, str], None]) -> Iterator[None]:
+    """Inside, ``listener(op, implementation)`` hears of every call, and no op goes by what it chose for one like it."""
+    _LISTENERS.append(listener)
+    try:
+        yield
+    finally:
+        _LISTENERS.remove(listener)
+
+
+def has_listeners() -> bool:
+    return bool(_LISTENERS)
+
+
 def choose(op: Op, impl: str | None, call: dict) -> str:
     """The name of the implementation that serves ``call``."""
+    name = _choice(op, impl, call)
+    for listener in _LISTENERS:
+        listener(op, name)
+    return name
+
+
+def _choice(op: Op, impl: str | None, call: dict) -> str:
     name = requested(impl)
     if name == "auto":
         for name in op.preference(call):
@@ -99,7 +124,7 @@ def choose(op: Op, impl: str | None, call: dict) -> str:
 
 def explain(op: Op, impl: str | None, call: dict) -> Explanation:
     """Choose as for a real call, and tell why not the others."""
-    chosen = choose(op, impl, call)
+    chosen = _choice(op, impl, call)
     unused = f"{chosen} was asked for"
     if requested(impl) == "auto":
         unused = f"{chosen} comes first for such a call: as fast or faster where measured"

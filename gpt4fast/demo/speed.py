@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from gpt4fast.backends import dispatch
 from gpt4fast.demo.timing import check_close, paired
 from gpt4fast.generation import generate
-from gpt4fast.ops import conv_transpose
 
 _ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh}  # those of the two generators
 
@@ -49,17 +48,9 @@ def plain_torch() -> Iterator[None]:
 
 
 def what_runs(call: Callable[[], object]) -> str:
-    """Which implementation the ops of one call took, in words; it listens where the choice is made."""
+    """Which implementation the ops of one call took, in words."""
     taken: Counter[tuple[str, str]] = Counter()
-    choose = dispatch.choose
-
-    def listen(op, *args, **kwargs):
-        name = choose(op, *args, **kwargs)
-        taken[op.name, name] += 1
-        return name
-
-    # Transposed convolutions that were seen before would go past the choice.
-    with mock.patch.object(dispatch, "choose", listen), mock.patch.object(conv_transpose, "_key", lambda *call: None):
+    with dispatch.listening(lambda op, name: taken.update([(op.name, name)])):
         call()
     return ", ".join(f"{op}: {name}" + (f" ({n}×)" if n > 1 else "") for (op, name), n in sorted(taken.items()))
 

@@ -113,6 +113,8 @@ def _key(dims: int, tensors: tuple[Tensor | None, ...], settings: tuple, impl: s
     """What a call depends on but for the numbers in its tensors; None if that is more than is looked at here."""
     if torch.compiler.is_compiling() or in_transform() or torch.is_autocast_enabled("cpu"):
         return None
+    if dispatch.has_listeners():
+        return None
     for setting in settings:  # True and 2.0 are refused, but equal to 1 and 2
         if type(setting) is tuple:
             if not all(type(n) is int for n in setting):

@@ -7,6 +7,8 @@ at most twice as far from float64 as torch is in the same dtype, and a few round
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -32,17 +34,11 @@ def case_id(value: object) -> str:
 
 
 @pytest.fixture
-def chosen(monkeypatch) -> list[str]:
+def chosen() -> Iterator[list[str]]:
     """The implementations that our ops were dispatched to, one per call."""
     names = []
-    choose = dispatch.choose
-
-    def recording(*args):
-        names.append(choose(*args))
-        return names[-1]
-
-    monkeypatch.setattr(dispatch, "choose", recording)
-    return names
+    with dispatch.listening(lambda op, name: names.append(name)):
+        yield names
 
 
 def run(op, sample, dtype: torch.dtype, order: int, seed: int = 0) -> list[torch.Tensor]:

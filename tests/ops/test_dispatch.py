@@ -117,6 +117,22 @@ def test_native_refuses_gradients_of_decoding(needs_native):
         gpt4fast.attention_decode(query, *caches, impl="native")
 
 
+def test_listeners_hear_of_every_call(needs_native):
+    input, weight = torch.randn(1, 4, 5, 5), torch.randn(4, 6, 3, 3)
+    heard = []
+    with (
+        pytest.raises(KeyError),
+        dispatch.listening(lambda op, implementation: heard.append((op.name, implementation))),
+    ):
+        for _ in range(2):  # the second was seen before
+            gpt4fast.conv_transpose2d(input, weight, impl="native")
+        gpt4fast.attention(*qkv(), impl="reference")
+        gpt4fast.explain(gpt4fast.attention, *qkv())
+        raise KeyError
+    gpt4fast.conv_transpose2d(input, weight, impl="native")
+    assert heard == [("conv_transpose", "native")] * 2 + [("attention", "reference")]
+
+
 def test_unknown_names(monkeypatch):
     with pytest.raises(ValueError, match="impl must be one of auto"):
         gpt4fast.attention(*qkv(), impl="fast")
