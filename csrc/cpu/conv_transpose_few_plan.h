@@ -37,10 +37,8 @@ struct FewAxis {
   int64_t inputs(int64_t outputs) const { return steps(outputs) + last_shift - first_shift; }
 
   // Of a tap.
-  int64_t phase(int64_t tap) const {
-    return tap * dilation - padding - stride * divide_down(tap * dilation - padding, stride);
-  }
   int64_t shift(int64_t tap) const { return -divide_down(tap * dilation - padding, stride); }
+  int64_t phase(int64_t tap, int64_t its_shift) const { return tap * dilation - padding + stride * its_shift; }
 };
 
 // Where a tap's inputs lie, counted from those of the first shifts, and its weights.
@@ -88,7 +86,7 @@ struct FewPlan : Scratch {
     };
     for (int64_t outputs = least(kMostOutputs, blocks.largest().size());
          outputs > 64 && (depth * pixels() * static_cast<int64_t>(sizeof(T)) > kMostInputBytes ||
-                          blocks.count() * p.groups < 2 * threads);) {
+                          blocks.count() * p.groups < threads);) {
       outputs /= 2;
       blocks = Blocks(p, outputs);
     }
@@ -131,9 +129,10 @@ struct FewPlan : Scratch {
         bool is_met = true;  // by an output of the block
         for (int axis = 0; axis < 3; ++axis) {
           const FewAxis& at = axes[axis];
-          is_met = is_met && at.phase(tap[axis]) < phases[axis];
-          phase = phase * phases[axis] + at.phase(tap[axis]);
-          input = input * size[axis] + at.shift(tap[axis]) - at.first_shift;
+          const int64_t shift = at.shift(tap[axis]), its_phase = at.phase(tap[axis], shift);
+          is_met = is_met && its_phase < phases[axis];
+          phase = phase * phases[axis] + its_phase;
+          input = input * size[axis] + shift - at.first_shift;
         }
         if (is_met) {
           const int64_t row = i / p.kernel[2];
