@@ -1,7 +1,8 @@
 // Transposed convolution with few output channels, which would leave most lanes of conv_transpose_kernel.cpp empty.
 // Here lanes are pixels. Outputs that are equal modulo the stride are reached by the same taps, so that neighbours
-// among them are sums over one weight times neighbouring inputs: nothing but sums stays in registers. A block's inputs
-// are copied into planes with zeros around them, where every tap is a shift. Compiled once per CPU level.
+// among them are sums of one weight times neighbouring inputs; they stay in registers over all channels and taps. A
+// block's inputs are copied into planes with zeros around them, where every tap is a shift. Compiled once per CPU
+// level.
 #include "../conv_transpose.h"
 
 #include <algorithm>
