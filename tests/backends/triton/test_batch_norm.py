@@ -160,6 +160,7 @@ def test_alone_and_by_torch(monkeypatch):
     conv = gpt4fast.nn.ConvTranspose1d(2, 4, 1).to(DEVICE)
     with pytest.raises(ValueError, match="more than 1 value"):
         conv.fused(x[:1, :2, :1], None, norm)
+    assert conv.fused(x[:0, :2], None, norm).shape == (0, 4, 7)
     monkeypatch.setenv("GPT4FAST_IMPL", "auto")
     assert dispatch.choose_batch_norm(x) != "triton"
 
