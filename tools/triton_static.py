@@ -9,6 +9,7 @@ for sm_80 (A100), sm_89 (L4), sm_90 (H100) and sm_100 (B200). Of each kernel the
     shared, warps            bytes of shared memory and warps of a program
     tensor cores             instructions that multiply matrices, and "loop FFMA": others beside them in the inner loop
     wide, narrow             instructions that read or write 16 bytes of global memory a thread, or fewer
+    descriptors              instructions that fetch a tile through a tensor descriptor (TMA)
     programs, operations, bytes
                              the launch: its grid, multiply-adds times two, and what it reads and writes of its tensors
                              if nothing is read twice
@@ -34,6 +35,7 @@ os.environ["TRITON_INTERPRET"] = "0"  # read when Triton is imported
 
 import torch
 import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gpt4fast.backends.triton import (
     attention,
@@ -41,8 +43,11 @@ from gpt4fast.backends.triton import (
     attention_decode_kernels,
     attention_kernels,
     attention_launch,
+    batch_norm,
+    batch_norm_kernels,
     conv_transpose,
     conv_transpose_kernels,
+    conv_transpose_launch,
 )
 
 TENSOR_CORES = {80: r"HMMA\.", 89: r"HMMA\.", 90: r"(?:HGMMA|HMMA)\.", 100: r"(?:UTC\w*MMA|HMMA)\b"}
@@ -61,15 +66,19 @@ ATTENTION = [
     ("bfloat16", False, 89, 128, ("mask", "starts", "lengths", "offsets")),
     ("bfloat16", False, 80, 64, ("dropout",)),
     ("bfloat16", False, 90, 128, ("packed",)),
+    *(("bfloat16", False, arch, dim, ("descriptors",)) for arch in (90, 100) for dim in (64, 128)),
+    ("float16", False, 90, 80, ("descriptors", "packed")),
 ]
 # Decoding: (dtype, architecture, head_dim, features)
 DECODE = [
     *(("bfloat16", arch, 128, ("append", "rotary")) for arch in (80, 90, 100)),
     ("float16", 90, 64, ("append", "rotary", "paged")),
     ("bfloat16", 90, 128, ("append", "rotary", "paged", "int8")),
+    *(("bfloat16", arch, 128, ("append", "float8")) for arch in (89, 90)),
     ("bfloat16", 89, 256, ("window", "softcap")),
     ("float32", 80, 64, ()),
 ]
+SCALED = {"int8": torch.int8, "float8": torch.float8_e4m3fn}
 # Transposed convolution: name: (batch, C, Cout, sizes, kernel, stride, groups, channels last)
 LAYERS = {
     "dcgan": (64, 512, 256, (8, 8), 4, 2, 1, False),
@@ -85,6 +94,12 @@ CONVOLUTIONS = [
     *(("dcgan", dtype, False, arch) for dtype in ("float16", "bfloat16") for arch in (80, 90, 100)),
     *(("dcgan", "float32", tf32, arch) for tf32 in (True, False) for arch in (80, 90)),
     *((layer, "float16", False, 90) for layer in LAYERS if layer != "dcgan"),
+]
+# Transposed convolution, batch norm and gelu in training: (layer, dtype, architecture)
+TRAINING = [
+    *(("dcgan", "bfloat16", arch) for arch in (80, 90, 100)),
+    ("dcgan channels last", "bfloat16", 90),
+    ("dcgan", "float32", 80),
 ]
 
 Launch = tuple[str, object, tuple, tuple, dict]  # name, kernel, grid, args, kwargs
@@ -136,12 +151,12 @@ class Recorder:
 def recorded() -> Iterator[tuple[str, int, str, dict[str, float], list[Launch]]]:
     """Of each call: its title, architecture, kind of products, operations by kernel, and launches."""
     launches: list[Launch] = []
-    for module in (attention_kernels, attention_decode_kernels, conv_transpose_kernels):
+    for module in (attention_kernels, attention_decode_kernels, batch_norm_kernels, conv_transpose_kernels):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             setattr(module, name, Recorder(name.removesuffix("_kernel"), getattr(module, name), launches))
 
     def record(title: str, dtype: str, tf32: bool, arch: int, call: Callable[[], dict[str, float]]):
-        for host in (attention_launch, attention_decode, conv_transpose):
+        for host in (attention_launch, attention_decode, batch_norm, conv_transpose_launch):
             for name, value in (("capability_of", divmod(arch, 10)), ("processors_of", 132)):
                 if hasattr(host, name):
                     setattr(host, name, lambda tensor, value=value: value)
@@ -161,10 +176,14 @@ def recorded() -> Iterator[tuple[str, int, str, dict[str, float], list[Launch]]]
         yield record(title, dtype, False, arch, partial(run_decode, getattr(torch, dtype), dim, features))
     for layer, dtype, tf32, arch in CONVOLUTIONS:
         yield record(layer, dtype, tf32, arch, partial(run_convolution, getattr(torch, dtype), layer))
+    for layer, dtype, arch in TRAINING:
+        call = partial(run_training, getattr(torch, dtype), layer)
+        yield record(f"{layer} training", dtype, False, arch, call)
 
 
 def run_attention(dtype: torch.dtype, dim: int, features: tuple[str, ...]) -> dict[str, float]:
     batch, heads, length = 4, 16, 256 if "mask" in features else 2048
+    product = batch * heads * length * length / 2 * dim * 2  # of a causal matrix with one of vectors
     rows = (1, heads, batch * length) if "packed" in features else (batch, heads, length)
     query, key, value = torch.empty(3, *rows, dim, dtype=dtype)
     numbers = torch.zeros(batch, dtype=torch.int64)
@@ -183,9 +202,14 @@ def run_attention(dtype: torch.dtype, dim: int, features: tuple[str, ...]) -> di
         *([torch.zeros(batch + 1, dtype=torch.int64)] * 2 if "packed" in features else [None, None]),
         *(length, length),
     ]
+    if "descriptors" in features:
+        pointers = attention_launch.tuning.fastest
+        attention_launch.tuning.fastest = lambda name, shapes, tile, *_: {**tile, "DESCRIPTORS": 1}
+        attention._forward(query, key, value, *settings, True)
+        attention_launch.tuning.fastest = pointers
+        return {"forward": 2 * product}
     out, lse = attention._forward(query, key, value, *settings, True)
     attention._backward(out, None, query, key, value, out, lse, "mask" in features, *settings)
-    product = batch * heads * length * length / 2 * dim * 2  # of a causal matrix with one of vectors
     return {"forward": 2 * product, "backward_query": 3 * product, "backward_key_value": 4 * product}
 
 
@@ -193,8 +217,9 @@ def run_decode(dtype: torch.dtype, dim: int, features: tuple[str, ...]) -> dict[
     batch, heads, kv_heads, capacity, block = 8, 32, 8, 4096, 16
     query = torch.empty(batch, heads, 1, dim, dtype=dtype)
     rows = (batch * capacity // block, kv_heads, block) if "paged" in features else (batch, kv_heads, capacity)
-    cache = torch.empty(2, *rows, dim, dtype=torch.int8 if "int8" in features else dtype)
-    scales = torch.empty(2, *rows) if "int8" in features else (None, None)
+    stored = next((kind for name, kind in SCALED.items() if name in features), dtype)
+    cache = torch.empty(2, *rows, dim, dtype=stored)
+    scales = torch.empty(2, *rows) if stored != dtype else (None, None)
     new = torch.empty(2, batch, kv_heads, 1, dim, dtype=dtype) if "append" in features else (None, None)
     numbers = torch.zeros(batch, dtype=torch.int64)
     table = torch.zeros(batch, capacity // block, dtype=torch.int64) if "paged" in features else None
@@ -207,16 +232,9 @@ def run_decode(dtype: torch.dtype, dim: int, features: tuple[str, ...]) -> dict[
 
 
 def run_convolution(dtype: torch.dtype, layer: str) -> dict[str, float]:
-    batch, channels, outputs, sizes, kernel, stride, groups, channels_last = LAYERS[layer]
-    dims = len(sizes)
-    input = torch.empty(batch, channels, *sizes, dtype=dtype)
-    if channels_last:
-        input = input.contiguous(memory_format=torch.channels_last)
-    weight = torch.empty(channels, outputs // groups, *(kernel,) * dims, dtype=dtype)
-    bias, ones = input.new_empty(outputs), [1] * dims
-    geometry = [stride] * dims, [(kernel - stride) // 2] * dims
+    input, weight, bias, geometry, groups, ones = operands(dtype, layer)
     output = conv_transpose._forward(
-        input, weight, bias, *geometry, [0] * dims, groups, ones, bias, bias, "gelu", 0.0
+        input, weight, bias, *geometry, [0] * len(ones), groups, ones, bias, bias, "gelu", 0.0
     )  # fmt: skip
     conv_transpose._input_gradient(output, input, weight, *geometry, groups, ones)
     conv_transpose._weight_gradient(output, input, weight, *geometry, groups, ones)
@@ -224,11 +242,35 @@ def run_convolution(dtype: torch.dtype, layer: str) -> dict[str, float]:
     return {"convolution": work, "weight_gradient": work}
 
 
+def run_training(dtype: torch.dtype, layer: str) -> dict[str, float]:
+    input, weight, bias, geometry, groups, ones = operands(dtype, layer)
+    output, mean, rstd, _ = conv_transpose._forward_with_statistics(
+        input, weight, bias, *geometry, [0] * len(ones), groups, ones, 1e-5
+    )
+    affine = bias.float(), bias.float()
+    batch_norm._apply(output, mean, rstd, *affine, "gelu", 0.0)
+    batch_norm._backward(output, output, *affine, mean, rstd, "gelu", 0.0)
+    batch_norm._statistics(output, 1e-5)
+    return {"convolution": 2.0 * input.numel() * weight[0].numel()}
+
+
+def operands(dtype: torch.dtype, layer: str) -> tuple:
+    """Input, weight, bias, (stride, padding), groups and dilation of a layer."""
+    batch, channels, outputs, sizes, kernel, stride, groups, channels_last = LAYERS[layer]
+    dims = len(sizes)
+    input = torch.empty(batch, channels, *sizes, dtype=dtype)
+    if channels_last:
+        input = input.contiguous(memory_format=torch.channels_last)
+    weight = torch.empty(channels, outputs // groups, *(kernel,) * dims, dtype=dtype)
+    geometry = [stride] * dims, [(kernel - stride) // 2] * dims
+    return input, weight, input.new_empty(outputs), geometry, groups, [1] * dims
+
+
 # Compiling
 
 TYPES = {
     torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int64: "i64", torch.int8: "i8",
-    torch.uint8: "u8",
+    torch.uint8: "u8", torch.float8_e4m3fn: "fp8e4nv",
 }  # fmt: skip
 
 
@@ -251,6 +293,8 @@ def compile_launch(function, args: tuple, kwargs: dict, arch: int):
             if value % 16 == 0 and not fixed:
                 hints[path] = [["tt.divisibility", 16]]
             return "i32" if -(2**31) <= value < 2**31 else "i64"
+        if isinstance(value, TensorDescriptor):
+            return f"tensordesc<{TYPES[value.base.dtype]}{value.block_shape}>"
         hints[path] = [["tt.divisibility", 16]]
         return "*" + TYPES[value.dtype]
 
@@ -284,8 +328,9 @@ def describe(compiled, arch: int) -> dict[str, int]:
         "warps": compiled.metadata.num_warps,
         "tensor cores": len(products.findall(code)),
         "loop FFMA": inner_loop_multiplications(code, products),
-        "wide": wide + len(re.findall(r"\bUTMALDG\b", code)),
+        "wide": wide,
         "narrow": len(accesses) - wide,
+        "descriptors": len(re.findall(r"\bUTMALDG\b", code)),
     }
 
 

@@ -22,6 +22,7 @@ from .aten import conv_transpose as aten_conv_transpose
 from .autograd import in_forward_mode, in_transform, needs_grad
 from .compiled import attention as compiled_attention
 from .compiled import attention_decode as compiled_attention_decode
+from .compiled import batch_norm as compiled_batch_norm
 from .compiled import conv_transpose as compiled_conv_transpose
 from .compiled import convolution as compiled_convolution
 from .reference import attention as reference_attention
@@ -31,6 +32,7 @@ from .reference.attention_varlen import attention_varlen as padded_attention
 from .reference.conv_transpose import memory_format
 from .triton import attention as triton_attention
 from .triton import attention_decode as triton_attention_decode
+from .triton import batch_norm as triton_batch_norm
 from .triton import conv_transpose as triton_conv_transpose
 
 # Constants, since torch.compile traces through this file.
@@ -164,6 +166,8 @@ def _native_attention(call: dict) -> str | None:
 def _native_attention_decode(call: dict) -> str | None:
     if needs_grad(call["query"], call["key"], call["value"], call["key_cache"], call["value_cache"]):
         return "the native kernel of attention_decode gives no gradients"
+    if call["key_cache"].dtype == torch.float8_e4m3fn:
+        return "the native kernel of attention_decode takes caches in query's dtype and int8, not float8_e4m3fn"
     return _native_attention(call)
 
 
@@ -299,6 +303,39 @@ CONV_TRANSPOSE = Op(
     },
     _prefer_conv_transpose,
 )
+
+
+# Batch norm by the batch's statistics, and the activation behind it: no public op, but a part of modules, which call
+# torch for what these kernels do not serve.
+BATCH_NORM = {
+    "native": compiled_batch_norm.batch_norm_activation,
+    "triton": triton_batch_norm.batch_norm_activation,
+}
+
+
+def choose_batch_norm(input: Tensor) -> str:
+    """The name of the implementation for input (N, C, *spatial): a key of BATCH_NORM, or "torch"."""
+    name = requested(None)
+    if name == "triton" and triton_batch_norm.refusal(input) is None:
+        return "triton"
+    # Channels last: torch's is as fast.
+    if name in ("auto", "native") and input.is_contiguous() and native_refusal(input) is None:
+        return "native"
+    return "torch"
+
+
+def conv_transpose_with_statistics(call: dict, eps: float) -> Callable[[], tuple[Tensor, ...]]:
+    """Computes a call that has only a convolution, and what a batch norm needs of its output, by the Triton kernels."""
+    choose(CONV_TRANSPOSE, "triton", call)  # or raises
+    geometry = (call[name] for name in ("stride", "padding", "output_padding", "groups", "dilation"))
+    return partial(
+        triton_conv_transpose.conv_transpose_with_statistics,
+        call["input"],
+        call["weight"],
+        call["bias"],
+        *geometry,
+        eps,
+    )
 
 
 def run(op: Op, impl: str | None, call: dict):

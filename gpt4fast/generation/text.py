@@ -47,8 +47,8 @@ def generate(
 
     temperature, top_k, top_p, min_p, repetition_penalty: see `Sampling`; applied in the order penalty, temperature,
     top_k, top_p, min_p. `seed` makes the draw repeatable, leaves torch's global generator alone; None is a fresh one.
-    `on_token` gets each new column (batch,) as soon as it is drawn. `cache_dtype=torch.int8` remembers keys and values
-    in fewer bits (`KeyValueCache`). The model's training mode is restored afterwards.
+    `on_token` gets each new column (batch,) as soon as it is drawn. `cache_dtype=torch.int8` (or `torch.float8_e4m3fn`)
+    remembers keys and values in fewer bits (`KeyValueCache`). The model's training mode is restored afterwards.
     """
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     if input_ids.dim() != 2 or input_ids.shape[1] == 0 or input_ids.dtype != torch.long:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..backends.reference.attention_decode import LARGEST
 from .layers import Padding, TransformerConfig, check_choice, check_positive, rotary_tables
 
 
@@ -18,7 +19,7 @@ class LayerCache:
     value: Tensor  # (B, Hk, used, D)
     lengths: Tensor  # (B,) int64, rows filled before this call
     starts: Tensor | None  # (B,) int64, left padding
-    key_scales: Tensor | None  # (B, Hk, used) float32, of an int8 cache
+    key_scales: Tensor | None  # (B, Hk, used) float32, of an int8 or float8 cache
     value_scales: Tensor | None
 
 
@@ -33,7 +34,8 @@ class KeyValueCache:
       overwrites the padding.
 
     With ``dtype=torch.int8`` the entries take a quarter of float32's memory and half of bfloat16's: each is rounded to
-    1/127 of its largest number.
+    1/127 of its largest number. With ``torch.float8_e4m3fn`` they take as little, and numbers are rounded to four
+    significant bits.
 
     Rotary angles are those of the place in the cache. Left padding shifts a row's queries and keys alike, which rotary
     attention does not see; learned positions count from `starts`.
@@ -48,12 +50,12 @@ class KeyValueCache:
             raise ValueError(
                 f"max_length is {max_length}, more than the {config.max_length} learned positions of the model"
             )
-        check_choice("dtype", dtype, (None, like.dtype, torch.int8))
+        check_choice("dtype", dtype, (None, like.dtype, *LARGEST))
         shape = (config.num_layers, batch, config.num_kv_heads, max_length, config.head_dim)
         self.key = torch.zeros(shape, device=like.device, dtype=dtype or like.dtype)
         self.value = torch.zeros_like(self.key)
-        self.scales: tuple[Tensor, Tensor] | None = None  # of the keys and values of an int8 cache, one per entry
-        if dtype == torch.int8:
+        self.scales: tuple[Tensor, Tensor] | None = None  # of the keys and values of such a cache, one per entry
+        if dtype in LARGEST:
             self.scales = tuple(torch.ones(shape[:-1], device=like.device, dtype=torch.float32) for _ in range(2))
         self.lengths = torch.zeros(batch, device=like.device, dtype=torch.int64)
         self.starts: Tensor | None = None

@@ -123,5 +123,5 @@ class EncoderDecoder(Pretrained, nn.Module):
 
     def make_cache(self, batch: int, max_length: int, dtype: torch.dtype | None = None) -> KeyValueCache:
         """An empty cache for batch rows of up to max_length decoder tokens, on the model's device and in its dtype,
-        or with ``dtype=torch.int8`` in a fraction of the memory."""
+        or with ``dtype=torch.int8`` or ``torch.float8_e4m3fn`` in a fraction of the memory."""
         return KeyValueCache(self.config.decoder, batch, max_length, like=self.decoder.tokens.weight, dtype=dtype)

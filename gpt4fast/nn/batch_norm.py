@@ -2,41 +2,72 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor, nn
 
 from ..backends import dispatch
-from ..backends.compiled.batch_norm import batch_norm_activation
 from ..backends.reference.conv_transpose import ACTIVATIONS
+from ..ops.checks import without_autocast
+from ..ops.conv_transpose import prepare
 
 FUSED = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-FEWEST_ELEMENTS = 1 << 16  # below, torch's calls take less time than ours
+FEWEST_ELEMENTS = 1 << 16  # below, torch's calls take less time than the native kernel's
 
 
 def normalize(norm: nn.Module, input: Tensor, activation: str | None, negative_slope: float) -> Tensor:
-    """``activation(norm(input))``, input (N, C, *spatial): in training in one native pass where that is faster."""
-    if _is_fused(norm, input):
-        output, mean, variance = batch_norm_activation(
-            input, norm.weight, norm.bias, norm.eps, activation, negative_slope
-        )
-        _track(norm, mean, variance, input.numel() // input.shape[1])
-        return output
-    output = norm(input)
-    return output if activation is None else ACTIVATIONS[activation](output, negative_slope)
+    """``activation(norm(input))``, input (N, C, *spatial): in training by one kernel where that is faster."""
+    name = _implementation(norm, input)
+    if name == "torch":
+        output = norm(input)
+        return output if activation is None else ACTIVATIONS[activation](output, negative_slope)
+    return _normalize(norm, input, activation, negative_slope, dispatch.BATCH_NORM[name])
 
 
-def _is_fused(norm: nn.Module, input: Tensor) -> bool:
+def convolve_and_normalize(
+    conv: nn.Module,
+    norm: nn.Module,
+    input: Tensor,
+    geometry: tuple,
+    activation: str | None,
+    negative_slope: float,
+) -> Tensor:
+    """``normalize`` of one of our transposed convolutions of a batch; Triton's kernel takes the statistics where it
+    writes its output, and so saves a pass."""
+    fits = _is_plain(norm) and norm.num_features == conv.out_channels and input.shape[0] > 0
+    if fits and dispatch.requested(None) == "triton":
+        call = prepare(len(conv.kernel_size), input, conv.weight, conv.bias, *geometry, None, None, None, 0.0)
+        compute = dispatch.conv_transpose_with_statistics(call, norm.eps)
+        output, *statistics = without_autocast(compute, input)
+        if output.numel() > output.shape[1]:
+            kernel = functools.partial(dispatch.BATCH_NORM["triton"], statistics=statistics)
+            return _normalize(norm, output, activation, negative_slope, kernel)
+    else:
+        output = conv.op(input, conv.weight, conv.bias, *geometry)
+    return normalize(norm, output, activation, negative_slope)
+
+
+def _normalize(norm: nn.Module, input: Tensor, activation: str | None, negative_slope: float, kernel) -> Tensor:
+    output, mean, variance = kernel(input, norm.weight, norm.bias, norm.eps, activation, negative_slope)
+    _track(norm, mean, variance, input.numel() // input.shape[1])
+    return output
+
+
+def _implementation(norm: nn.Module, input: Tensor) -> str:
+    if not _is_plain(norm) or not (input.dim() > 2 and input.numel() > input.shape[1] == norm.num_features):
+        return "torch"
+    name = dispatch.choose_batch_norm(input)
+    return "torch" if name == "native" and input.numel() < FEWEST_ELEMENTS else name
+
+
+def _is_plain(norm: nn.Module) -> bool:
+    """A batch norm of torch's by the batch's statistics, to which nothing is tied."""
     return (
         norm.training
         and type(norm) in FUSED
         and not (norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks)
-        and input.numel() >= FEWEST_ELEMENTS
-        and input.numel() > input.shape[1] == norm.num_features
-        and input.dim() > 2
-        and input.is_contiguous()  # channels last: torch's is as fast
         and not torch.compiler.is_compiling()
-        and dispatch.requested(None) in ("auto", "native")
-        and dispatch.native_refusal(input) is None
     )
 
 

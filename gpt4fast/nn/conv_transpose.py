@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..backends.reference.conv_transpose import ACTIVATIONS
-from .batch_norm import normalize
+from .batch_norm import convolve_and_normalize, normalize
 
 
 class _FusedConvTranspose:
@@ -69,8 +69,10 @@ class _FusedConvTranspose:
             return self.op(
                 input, self.weight, self.bias, *geometry, activation=activation, negative_slope=negative_slope
             )
-        if norm.training or norm.running_mean is None or input.dim() != dims + 2:
+        if input.dim() != dims + 2:
             return normalize(norm, self.op(input, self.weight, self.bias, *geometry), activation, negative_slope)
+        if norm.training or norm.running_mean is None:
+            return convolve_and_normalize(self, norm, input, geometry, activation, negative_slope)
         scale, shift = inference_affine(norm)
         return self.op(
             input, self.weight, self.bias, *geometry, scale=scale, shift=shift,

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..backends import dispatch
+from ..backends.reference.attention_decode import LARGEST
 from .attention_arguments import can_read, check_heads, prepare_scale, prepare_slopes, prepare_softcap, prepare_window
 from .checks import (
     FLOAT_DTYPES,
@@ -47,7 +48,7 @@ def attention_decode(
     Args:
         query: (B, Hq, Lq, D), the Lq newest tokens of each row.
         key_cache: (B, Hk, Lmax, D), or with ``block_table`` (num_blocks, Hk, block_size, D); value_cache likewise, Dv.
-            In query's dtype, or int8 with ``key_scales`` and ``value_scales``.
+            In query's dtype, or int8 or float8_e4m3fn with ``key_scales`` and ``value_scales``.
         kv_lengths: int32 or int64 (B,). With ``key`` and ``value``: entries in the cache before this call. Without: all
             entries, the queries' own included.
         key, value: (B, Hk, Lq, D) and (B, Hk, Lq, Dv), written in place at ``kv_lengths[b]`` and after.
@@ -56,9 +57,9 @@ def attention_decode(
         rotary: (cos, sin), each (positions, rotary_dim / 2): rotary embedding (RoFormer; Su et al., 2021) of ``query``
             and ``key`` at their absolute positions; the first rotary_dim channels turn, the others pass.
         rotary_interleaved: pairs are neighbouring channels (GPT-J) instead of the two halves (GPT-NeoX, Llama).
-        key_scales, value_scales: float32, the cache's shape without its last dimension: an int8 cache stands for
-            ``cache * scale``. A new entry x, once rotated, gets the scale ``max|x| / 127`` (1 where x is zero) and is
-            rounded to the nearest integers.
+        key_scales, value_scales: float32, the cache's shape without its last dimension: an int8 or float8 cache stands
+            for ``cache * scale``. A new entry x, once rotated, gets the scale ``max|x| / 127`` of int8, or
+            ``max|x| / 448`` of float8_e4m3fn (1 where x is zero), and is rounded to the nearest numbers of that dtype.
         kv_starts: int32 or int64 (B,): first visible entry of each row (left padding). Positions still count from 0.
         scale, window, softcap, alibi_slopes, return_lse, impl: as for ``attention``.
 
@@ -72,7 +73,7 @@ def attention_decode(
             the values are not read.
         RuntimeError: ``impl`` names an implementation that can't serve this call; the message says why.
 
-    The native kernel gives no gradients: where one is asked for, torch or the reference computes.
+    The native kernel gives no gradients and reads no float8: there torch or the reference computes.
     """
     call = prepare(
         query, key_cache, value_cache, kv_lengths, key, value, block_table, rotary, rotary_interleaved, key_scales,
@@ -108,7 +109,7 @@ def prepare(
     check_tensor("query", query)
     if query.dim() != 4:
         raise ValueError(f"query must have shape (batch, heads, new tokens, head_dim), but is {describe(query)}")
-    check_tensor("key_cache", key_cache, dtypes=(*FLOAT_DTYPES, torch.int8))
+    check_tensor("key_cache", key_cache, dtypes=(*FLOAT_DTYPES, *LARGEST))
     if (key is None) != (value is None):
         given, missing = ("key", "value") if value is None else ("value", "key")
         raise ValueError(f"{missing} must be given with {given}, but is None")
@@ -164,18 +165,18 @@ def prepare(
 
 
 def _check_cache(name: str, cache: Tensor, scales_name: str, scales: Tensor | None, query: Tensor, paged: bool) -> None:
-    check_tensor(name, cache, dtypes=(*FLOAT_DTYPES, torch.int8))
+    check_tensor(name, cache, dtypes=(*FLOAT_DTYPES, *LARGEST))
     if cache.dim() != 4 or not (paged or cache.shape[0] == query.shape[0]):
         rows, length = ("blocks", "block_size") if paged else (query.shape[0], "length")
         raise ValueError(f"{name} must have shape ({rows}, heads, {length}, head_dim), but is {describe(cache)}")
-    if cache.dtype != torch.int8:
+    if cache.dtype not in LARGEST:
         check_like(name, cache, "query", query)
         if scales is not None:
-            raise ValueError(f"{scales_name} must be None unless {name} is int8, which is {describe(cache)}")
+            raise ValueError(f"{scales_name} must be None unless {name} is int8 or float8, which is {describe(cache)}")
         return
     check_device(name, cache, "query", query)
     if scales is None:
-        raise ValueError(f"{scales_name} must be given with an int8 {name}, but is None")
+        raise ValueError(f"{scales_name} must be given with {name} in {cache.dtype}, but is None")
     check_tensor(scales_name, scales, dtypes=(torch.float32,))
     check_device(scales_name, scales, "query", query)
     if scales.shape != cache.shape[:3]:

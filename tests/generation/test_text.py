@@ -64,7 +64,9 @@ def test_int8_cache(gpt, encoder_decoder):
     assert torch.equal(new, torch.cat(expected, 1))
     new = generate(encoder_decoder, ids, max_new_tokens=6, temperature=0, bos_id=1, cache_dtype=torch.int8)
     assert new.shape == (3, 6)
-    with pytest.raises(ValueError, match="dtype must be one of None, torch.float32, torch.int8, got torch.float64"):
+    with pytest.raises(
+        ValueError, match="dtype must be one of None, torch.float32, torch.int8, torch.float8_e4m3fn, got torch.float64"
+    ):
         generate(gpt, ids, max_new_tokens=6, cache_dtype=torch.float64)
 
 

@@ -75,18 +75,20 @@ def test_other_dtypes(style, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_int8_cache(style, dtype):
+@pytest.mark.parametrize(("stored", "largest", "step"), [(torch.int8, 127, 1), (torch.float8_e4m3fn, 448, 32)], ids=str)
+def test_rounded_cache(style, stored, largest, step, dtype):
     model = GPT(style).to(dtype)
     ids = torch.randint(style.vocab_size, (2, 12))
-    actual, cache = decode(model, ids, [5, 1, 6], dtype=torch.int8)
-    assert cache.key.dtype == cache.value.dtype == torch.int8 and actual.dtype == dtype
-    assert (cache.key.abs().amax(-1) == 127).all()
+    actual, cache = decode(model, ids, [5, 1, 6], dtype=stored)
+    assert cache.key.dtype == cache.value.dtype == stored and actual.dtype == dtype
+    assert (cache.key.float().abs().amax(-1) == largest).all()
     expected, whole = decode(model, ids, [5, 1, 6])
-    torch.testing.assert_close(actual, expected, rtol=0, atol=0.02)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0.02 * step**0.5)
     # Later layers differ by what the rounding did to earlier ones.
-    steps = cache.scales[0][0].unsqueeze(-1)
+    steps = cache.scales[0][0].unsqueeze(-1) * step  # the longest, of float8
     assert (
-        (cache.key[0] * steps - whole.key[0].float()).abs() <= 0.51 * steps + 0.01 * (dtype == torch.bfloat16)
+        (cache.key[0].float() * cache.scales[0][0].unsqueeze(-1) - whole.key[0].float()).abs()
+        <= 0.51 * steps + 0.01 * (dtype == torch.bfloat16)
     ).all()
 
 
@@ -104,7 +106,9 @@ def test_wrong_uses_are_named():
         model.make_cache(1, 17)
     with pytest.raises(ValueError, match="batch must be a positive int, got 0"):
         model.make_cache(0, 8)
-    with pytest.raises(ValueError, match="dtype must be one of None, torch.float32, torch.int8, got torch.int16"):
+    with pytest.raises(
+        ValueError, match="dtype must be one of None, torch.float32, torch.int8, torch.float8_e4m3fn, got torch.int16"
+    ):
         model.make_cache(1, 8, torch.int16)
     cache = model.make_cache(2, 6)
     ids = torch.zeros(2, 4, dtype=torch.long)

@@ -80,13 +80,13 @@ def test_module_in_training(dims, options, monkeypatch):
 def test_hooks_subclasses_and_single_values_are_torchs(monkeypatch):
     monkeypatch.setattr(batch_norm, "FEWEST_ELEMENTS", 0)
     norm = nn.BatchNorm2d(3)
-    assert batch_norm._is_fused(norm, torch.randn(2, 3, 4, 4))
-    assert not batch_norm._is_fused(nn.SyncBatchNorm(3), torch.randn(2, 3, 4, 4))
-    assert not batch_norm._is_fused(norm, torch.randn(2, 3, 4, 4).double())
+    assert batch_norm._implementation(norm, torch.randn(2, 3, 4, 4)) == "native"
+    assert batch_norm._implementation(nn.SyncBatchNorm(3), torch.randn(2, 3, 4, 4)) == "torch"
+    assert batch_norm._implementation(norm, torch.randn(2, 3, 4, 4).double()) == "torch"
     with pytest.raises(ValueError, match="more than 1 value"):
         batch_norm.normalize(norm, torch.randn(1, 3, 1, 1), None, 0.0)
     calls = []
     norm.register_forward_hook(lambda *_: calls.append(1))
     batch_norm.normalize(norm, torch.randn(2, 3, 4, 4), None, 0.0)
     assert calls == [1]
-    assert not batch_norm._is_fused(norm.eval(), torch.randn(2, 3, 4, 4))
+    assert batch_norm._implementation(norm.eval(), torch.randn(2, 3, 4, 4)) == "torch"

@@ -246,6 +246,38 @@ def test_int8_cache(impl, dtype, new, layout, rotary):
     assert (key_scales if table is None else key_scales[table].transpose(1, 2).flatten(2, 3))[at] == 1
 
 
+@pytest.mark.parametrize("impl", ["auto", "reference", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_float8_cache(impl, dtype):
+    """What is attended to is what the cache stands for: entries times scales, the new ones rounded by torch's cast."""
+    query, key_cache, value_cache, lengths, key, value = step(dtype, new=3)
+    key[0, 0] = 0  # a scale of 1, not of 0
+    stored, exact = [], []
+    for dense, fresh in ((key_cache, key), (value_cache, value)):
+        dense = dense.float()
+        for b, length in enumerate(lengths.tolist()):
+            dense[b, :, length : length + 3], dense[b, :, length + 3 :] = fresh[b].float(), 0
+        scale = (dense.abs().amax(-1) / 448).masked_fill((dense == 0).all(-1), 1)
+        rounded = (dense / scale[..., None]).to(torch.float8_e4m3fn)
+        stored.append((rounded, scale))
+        exact.append(rounded.double() * scale.double()[..., None])
+    expected = gpt4fast.attention_decode(query.double(), *exact, lengths + 3, impl="reference")
+    caches, scales = ([pair[i].clone() for pair in stored] for i in range(2))
+    for into in (*caches, *scales):
+        for b, length in enumerate(lengths.tolist()):
+            into[b, :, length:] = 99
+    got = gpt4fast.attention_decode(
+        query, *caches, lengths, key=key, value=value, key_scales=scales[0], value_scales=scales[1], impl=impl
+    )
+    close = 1e-4 if dtype == torch.float32 else 0.02
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.double(), expected, rtol=close, atol=close)
+    for into, scale, (source, source_scale) in zip(caches, scales, stored, strict=True):
+        for b, length in enumerate(lengths.tolist()):
+            assert torch.equal(into[b, :, : length + 3].float(), source[b, :, : length + 3].float())
+            assert torch.equal(scale[b, :, : length + 3], source_scale[b, :, : length + 3])
+
+
 @pytest.mark.parametrize("impl", ["reference", "native"])
 def test_int8_rounding_is_to_nearest_even(impl):
     if not available(impl):

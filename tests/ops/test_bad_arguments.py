@@ -195,6 +195,8 @@ BAD_INT8 = [
     ("value_scales", {"value_scales": t(2, 2, 10, dtype=torch.float64)}),
     ("value_scales", {"value_scales": t(2, 2, 10, device="meta")}),
     ("value_cache", {"value_cache": t(2, 2, 10, 8), "value_scales": None}),
+    ("value_cache", {"value_cache": torch.zeros(2, 2, 10, 8, dtype=torch.float8_e4m3fn)}),
+    ("key_cache", {"key_cache": torch.zeros(2, 2, 10, 8, dtype=torch.float8_e5m2)}),
     ("key", {"key": t(2, 2, 1, 8, dtype=torch.int8)}),
     ("query", {"query": t(2, 4, 1, 8, dtype=torch.int8)}),
 ]

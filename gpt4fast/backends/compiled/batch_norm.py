@@ -32,20 +32,22 @@ def batch_norm_activation(
 
     Reference: Ioffe and Szegedy, "Batch Normalization", 2015.
     """
-    return _BatchNormActivation.apply(input, weight, bias, eps, activation, negative_slope)
+    ops = torch.ops.gpt4fast
+    kernels = ops.batch_norm_activation.default, ops.batch_norm_activation_backward.default
+    return BatchNormActivation.apply(input.contiguous(), weight, bias, eps, activation, negative_slope, *kernels)
 
 
-class _BatchNormActivation(torch.autograd.Function):
+class BatchNormActivation(torch.autograd.Function):
+    """Of any two kernels with the signatures of the native ones; grad comes in the layout of input."""
+
     @staticmethod
-    def forward(ctx, input, weight, bias, eps, activation, negative_slope):
-        input = input.contiguous()
+    def forward(ctx, input, weight, bias, eps, activation, negative_slope, forward, backward):
         channels = input.new_ones(input.shape[1], dtype=torch.float32)
-        affine = [channels if weight is None else weight.float(), channels - 1 if bias is None else bias.float()]
+        affine = [channels if weight is None else weight, channels - 1 if bias is None else bias]
+        affine = [vector.float().contiguous() for vector in affine]
         ctx.finish = activation, negative_slope
-        ctx.eps = eps
-        out, mean, rstd, variance = torch.ops.gpt4fast.batch_norm_activation(
-            input, *affine, eps, activation or "none", negative_slope
-        )
+        ctx.eps, ctx.kernel = eps, backward
+        out, mean, rstd, variance = forward(input, *affine, eps, activation or "none", negative_slope)
         ctx.save_for_backward(input, weight, bias, *affine, mean, rstd)
         ctx.mark_non_differentiable(mean, variance)
         return out, mean, variance
@@ -55,12 +57,12 @@ class _BatchNormActivation(torch.autograd.Function):
         input, weight, bias, *saved = ctx.saved_tensors
         activation, negative_slope = ctx.finish
         if torch.is_grad_enabled():  # create_graph=True: a formula that has derivatives
-            return *_differentiable_backward(ctx, grad, input, weight, bias), None, None, None
-        grads = torch.ops.gpt4fast.batch_norm_activation_backward(
-            grad.contiguous(), input, *saved, activation or "none", negative_slope
-        )
+            return *_differentiable_backward(ctx, grad, input, weight, bias), *(None,) * 5
+        if grad.stride() != input.stride():
+            grad = torch.empty_like(input).copy_(grad)
+        grads = ctx.kernel(grad, input, *saved, activation or "none", negative_slope)
         like = input, weight, bias
-        return *(None if t is None else g.to(t.dtype) for g, t in zip(grads, like, strict=True)), None, None, None
+        return *(None if t is None else g.to(t.dtype) for g, t in zip(grads, like, strict=True)), *(None,) * 5
 
 
 def _differentiable_backward(ctx, grad, *tensors):

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from .attention import compute_dtype
 
+# Of a cache of rounded numbers: what the largest of each entry becomes.
+LARGEST = {torch.int8: 127, torch.float8_e4m3fn: 448}
+
 
 def attention_decode(
     attend: Callable,
@@ -66,7 +69,7 @@ def rotate(x: Tensor, positions: Tensor, rotary: tuple[Tensor, Tensor], interlea
 
 
 def append(cache: Tensor, scales: Tensor | None, new: Tensor, positions: Tensor, block_table: Tensor | None) -> None:
-    """Write (B, H, L, D) at each row's positions (B, L), in place; with ``scales`` as int8."""
+    """Write (B, H, L, D) at each row's positions (B, L), in place; with ``scales`` rounded to the cache's dtype."""
     rows = torch.arange(positions.shape[0], device=positions.device)[:, None]
     within = positions
     if block_table is not None:
@@ -74,17 +77,18 @@ def append(cache: Tensor, scales: Tensor | None, new: Tensor, positions: Tensor,
         rows, within = block_table[rows, positions // block_size], positions % block_size
     new = new.transpose(1, 2)
     if scales is not None:
-        new, new_scales = to_int8(new)
+        new, new_scales = to_scaled(new, cache.dtype)
         scales[rows, :, within] = new_scales
     cache[rows, :, within] = new.to(cache.dtype)
 
 
-def to_int8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Each last dimension as int8 and one float32 scale, ``x = int8 * scale``: the largest becomes 127 or -127."""
+def to_scaled(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Each last dimension in a dtype of ``LARGEST``, and its float32 scale: the product of both is about ``x``."""
     x = x.float()
-    scales = x.abs().amax(-1) / 127
+    scales = x.abs().amax(-1) / LARGEST[dtype]
     scales = scales.masked_fill(scales == 0, 1)
-    return torch.round(x / scales.unsqueeze(-1)).to(torch.int8), scales
+    x = x / scales.unsqueeze(-1)
+    return (torch.round(x) if dtype == torch.int8 else x).to(dtype), scales
 
 
 def entries(cache: Tensor, scales: Tensor | None, block_table: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -6,6 +6,8 @@ measurements.
 
 from __future__ import annotations
 
+from torch import Tensor
+
 KIB = 1024
 
 # By how products are computed and by the widest row, 64, 128 or 256: (rows that stay, rows that pass, warps). What
@@ -39,6 +41,14 @@ def shared_memory(capability: tuple[int, int]) -> int:
     if capability[0] in (9, 10):
         return 227 * KIB
     return 163 * KIB if capability in ((8, 0), (8, 7)) else 99 * KIB
+
+
+def takes_descriptor(matrices: Tensor, capability: tuple[int, int]) -> bool:
+    """Whether (B, H, L, D) can be fetched through a tensor descriptor: not empty, its rows and their start at whole 16
+    bytes, and nothing that is read twice under several indices."""
+    if capability < (9, 0) or matrices.numel() == 0 or matrices.stride(3) != 1 or matrices.data_ptr() % 16:
+        return False
+    return all(stride > 0 and stride * matrices.itemsize % 16 == 0 for stride in matrices.stride()[:3])
 
 
 def forward_tile(

@@ -11,10 +11,11 @@ from torch import Tensor
 from ..autograd import needs_grad
 from ..compiled.attention import as_float32, as_index, empty_results
 from . import attention_config as config
+from . import tuning
 from .attention import width_refusal
 from .attention_launch import choose_tile, precision
 from .availability import triton_refusal
-from .device import processors_of
+from .device import capability_of, processors_of
 
 
 def refusal(call: dict) -> str | None:
@@ -22,7 +23,10 @@ def refusal(call: dict) -> str | None:
     query, key_cache, value_cache = call["query"], call["key_cache"], call["value_cache"]
     if needs_grad(query, call["key"], call["value"], key_cache, value_cache, call["alibi_slopes"]):
         return "the Triton kernels of attention_decode give no gradients"
-    return width_refusal(query, value_cache) or triton_refusal(query)
+    reason = width_refusal(query, value_cache) or triton_refusal(query)
+    if reason is None and key_cache.dtype == torch.float8_e4m3fn and capability_of(query) < (8, 9):
+        return "the Triton kernels read a float8 cache from compute capability 8.9 (Ada) on"
+    return reason
 
 
 def attention_decode(
@@ -88,26 +92,35 @@ def _decode(
                 )  # fmt: skip
         rows = heads // kv_heads * new
         tile = choose_tile("decode_tile", query, value_cache, rows=rows)
-        parts = -(-rows // tile["BLOCK_M"])
-        splits = config.decode_splits(parts * batch * kv_heads, capacity, tile["BLOCK_N"], processors_of(query))
-        partial, partial_lse = out.unsqueeze(3), lse
-        if splits > 1:
-            partial = lse.new_empty(*lse.shape, splits, value_dim)
-            partial_lse = lse.new_empty(*lse.shape, splits)
-        kernels.decode_kernel[(parts * splits, batch * kv_heads)](
-            query, key_cache, value_cache, key_scales, value_scales, partial, partial_lse, Starts=kv_starts,
-            Slopes=slopes, query_strides=query.stride(), key_strides=key_cache.stride(),
-            value_strides=value_cache.stride(), key_scales_strides=_strides(key_scales),
-            value_scales_strides=_strides(value_scales), out_strides=partial.stride(), kv_heads=kv_heads,
-            group=heads // kv_heads, added=0 if key is None else new, scale=scale, softcap=softcap or None, left=left,
-            D=head_dim, DV=value_dim, BLOCK_D=config.padded(head_dim), BLOCK_DV=config.padded(value_dim),
-            SPLITS=splits, PRECISION=precision(), **cache, **tile,
-        )  # fmt: skip
-        if splits > 1:
-            kernels.combine_kernel[(lse.numel(),)](
-                partial, partial_lse, out, lse, out.stride(), heads, new, DV=value_dim,
-                BLOCK_DV=config.padded(value_dim), SPLITS=splits,
+        programs = -(-rows // tile["BLOCK_M"]) * batch * kv_heads
+        splits = config.decode_splits(programs, capacity, tile["BLOCK_N"], processors_of(query))
+
+        def run(tile: dict[str, int]) -> None:
+            splits = tile["SPLITS"]
+            partial, partial_lse = out.unsqueeze(3), lse
+            if splits > 1:
+                partial = lse.new_empty(*lse.shape, splits, value_dim)
+                partial_lse = lse.new_empty(*lse.shape, splits)
+            kernels.decode_kernel[(-(-rows // tile["BLOCK_M"]) * splits, batch * kv_heads)](
+                query, key_cache, value_cache, key_scales, value_scales, partial, partial_lse, Starts=kv_starts,
+                Slopes=slopes, query_strides=query.stride(), key_strides=key_cache.stride(),
+                value_strides=value_cache.stride(), key_scales_strides=_strides(key_scales),
+                value_scales_strides=_strides(value_scales), out_strides=partial.stride(), kv_heads=kv_heads,
+                group=heads // kv_heads, added=0 if key is None else new, scale=scale, softcap=softcap or None,
+                left=left, D=head_dim, DV=value_dim, BLOCK_D=config.padded(head_dim),
+                BLOCK_DV=config.padded(value_dim), PRECISION=precision(), **cache, **tile,
             )  # fmt: skip
+            if splits > 1:
+                kernels.combine_kernel[(lse.numel(),)](
+                    partial, partial_lse, out, lse, out.stride(), heads, new, DV=value_dim,
+                    BLOCK_DV=config.padded(value_dim), SPLITS=splits,
+                )  # fmt: skip
+
+        # The lengths stand on the GPU: the class goes by the cache's, the times by those of the first call.
+        sizes = head_dim, value_dim, *(number.bit_length() for number in (batch * kv_heads, rows, capacity))
+        kinds = str(key_cache.dtype), str(query.dtype), precision()
+        features = block_table is not None, cos is not None, softcap > 0, slopes is not None, left >= 0
+        run(tuning.fastest("decode", (*sizes, *kinds, *features), {**tile, "SPLITS": splits}, run, query))
     return out, lse
 
 

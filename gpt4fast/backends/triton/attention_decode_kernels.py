@@ -14,6 +14,16 @@ from .attention_tiles import dot
 
 LN2 = tl.constexpr(0.6931471805599453)
 NEAREST = tl.constexpr(12582912.0)  # 1.5 * 2^23: float32 numbers that it is added to are rounded to integers
+NEAREST_FLOAT8 = tl.constexpr(NEAREST.value / 512)  # likewise to multiples of the smallest float8_e4m3fn, 1 / 512
+
+
+@triton.jit
+def round_to_float8(x):
+    """To the nearest numbers of float8_e4m3fn, of equals the even one, as torch does it and Triton's interpreter does
+    not; what is below 2^-6 has fewer than the four significant bits of the others. |x| is at most 448."""
+    bits = x.to(tl.int32, bitcast=True)
+    bits = (bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000
+    return tl.where(tl.abs(x) < 1 / 64, x + NEAREST_FLOAT8 - NEAREST_FLOAT8, bits.to(tl.float32, bitcast=True))
 
 
 @triton.jit
@@ -74,8 +84,12 @@ def append_kernel(
     place = place_of(Table, batch, position, block_size, blocks_per_row, cache_strides, None)
     if Scales is not None:
         largest = tl.max(tl.abs(x), 0)
-        scale = tl.where(largest == 0, 1.0, largest / 127)
-        x = tl.clamp(x / scale + NEAREST - NEAREST, -127.0, 127.0)
+        if Cache.dtype.element_ty == tl.int8:
+            scale = tl.where(largest == 0, 1.0, largest / 127)
+            x = tl.clamp(x / scale + NEAREST - NEAREST, -127.0, 127.0)
+        else:
+            scale = tl.where(largest == 0, 1.0, largest / 448)
+            x = round_to_float8(tl.clamp(x / scale, -448.0, 448.0))
         scale_place = place_of(Table, batch, position, block_size, blocks_per_row, scales_strides, None)
         tl.store(Scales + scale_place + head * scales_strides[1], scale)
     places = Cache + place + head.to(tl.int64) * cache_strides[1] + column * cache_strides[3]
@@ -146,7 +160,7 @@ def decode_kernel(
             mask=is_entry[:, None] & (column[None, :] < D), other=0.0,
         )  # fmt: skip
         if KeyScales is not None:
-            key = key.to(tl.float32).to(query.dtype)  # the interpreter has no int8 to bfloat16
+            key = key.to(tl.float32).to(query.dtype)  # the interpreter can't cast to bfloat16
         scores = dot(query, key.T, PRECISION) * scale
         if KeyScales is not None:
             place = place_of(Table, batch, index, block_size, blocks_per_row, key_scales_strides, is_entry)

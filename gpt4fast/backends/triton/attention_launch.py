@@ -46,11 +46,19 @@ def launch(
     extras = attn_mask is not None or softcap > 0 or dropped > 0
 
     def run(tile: dict[str, int]) -> None:
+        tile, described = dict(tile), {}
+        if kernel == "forward":
+            described = {"KeyDescriptor": None, "ValueDescriptor": None}
+            if tile.pop("DESCRIPTORS", 0):
+                described = {
+                    f"{name}Descriptor": descriptor(t, tile["BLOCK_N"]) for name, t in (("Key", key), ("Value", value))
+                }
         tiles = -(-lengths[over_keys] // tile["BLOCK_N" if over_keys else "BLOCK_M"])
         getattr(kernels, f"{kernel}_kernel")[(tiles * programs,)](
             **strided,
             **{f"{_snake(name)}_strides": _strides(t, query_starts is not None) for name, t in strided.items()},
             **others,
+            **described,
             Mask=attn_mask,
             mask_strides=(0, 0, 0, 0) if attn_mask is None else attn_mask.stride(),
             Slopes=None if slopes is None else slopes.contiguous(),
@@ -81,10 +89,20 @@ def launch(
         )
 
     tile = choose_tile(f"{kernel}_tile", query, value, extras=extras)
+    if kernel == "forward" and all(config.takes_descriptor(t, capability_of(query)) for t in (key, value)):
+        tile = {**tile, "DESCRIPTORS": 0}  # pointers, unless the tuner measures that descriptors are faster
     sizes = tuple(number.bit_length() for number in (programs, *lengths))
-    features = is_causal, left >= 0, extras, dropped > 0, precision(), str(query.dtype)
+    features = is_causal, left >= 0, extras, dropped > 0, "DESCRIPTORS" in tile, precision(), str(query.dtype)
     with torch.cuda.device_of(query):
         run(tuning.fastest(kernel, (head_dim, value_dim, *sizes, *features), tile, run, query))
+
+
+def descriptor(matrices: Tensor, rows: int):
+    """Of (B, H, L, D), for tiles of ``rows`` whole rows: Hopper and Blackwell fetch one by a single instruction."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    block = [1, 1, rows, config.padded(matrices.shape[3])]
+    return TensorDescriptor(matrices, list(matrices.shape), list(matrices.stride()), block)
 
 
 def launch_delta(grad_out: Tensor, out: Tensor, grad_lse: Tensor | None, delta: Tensor) -> None:

@@ -84,6 +84,23 @@ def load(
 
 
 @triton.jit
+def load_described(
+    Descriptor, matrix, row_stride, column_stride, batch, head, begin, start, low, high, Starts,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHECKED: tl.constexpr,
+):  # fmt: skip
+    """``load`` of a head's matrix of (B, H, L, WIDTH), which has its row 0 at ``begin``; a tile that needs no check is
+    fetched whole by the tensor descriptor, where there is one. Packed sequences (Starts) are one batch row."""
+    if CHECKED or Descriptor is None:
+        return load(matrix, row_stride, column_stride, start, low, high, WIDTH, ROWS, COLUMNS, CHECKED)
+    else:
+        row = begin.to(tl.int32) + start
+        if Starts is not None:
+            batch *= 0
+        block = Descriptor.load([batch.to(tl.int32), head.to(tl.int32), row, 0])
+        return tl.reshape(block, (ROWS, COLUMNS))
+
+
+@triton.jit
 def store(
     matrix, row_stride, column_stride, start, high, block,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,

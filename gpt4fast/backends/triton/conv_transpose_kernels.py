@@ -16,7 +16,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .arithmetic import WIDEN, tanh
+from .arithmetic import WIDEN, activate
+from .batch_norm_kernels import store_part
 
 
 @triton.jit
@@ -24,24 +25,6 @@ def dot(a, b, sums, PRECISION: tl.constexpr):
     if WIDEN:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, sums, input_precision=PRECISION)
-
-
-@triton.jit
-def activate(x, slope, ACTIVATION: tl.constexpr):
-    """The formulas of csrc/common/activation.h; NaN passes through all of them."""
-    if ACTIVATION == "relu":
-        x = tl.where(x <= 0, 0.0, x)
-    elif ACTIVATION == "leaky_relu":
-        x = tl.where(x > 0, x, x * slope)
-    elif ACTIVATION == "tanh":
-        x = tanh(x)
-    elif ACTIVATION == "sigmoid":
-        x = 1 / (1 + tl.exp(-x))
-    elif ACTIVATION == "gelu":
-        x = 0.5 * x * (1 + tl.erf(x * 0.70710678118654752))
-    elif ACTIVATION == "silu":
-        x = x / (1 + tl.exp(-x))
-    return x
 
 
 @triton.jit
@@ -83,6 +66,7 @@ def convolution_kernel(
     bias,  # (groups * outputs,) or None, as scale and shift
     scale,
     shift,
+    parts,  # (3, groups * outputs, pixel tiles x phases), float32: what batch_norm_kernels merges; or None
     batch,  # N
     channels,
     outputs,
@@ -193,6 +177,18 @@ def convolution_kernel(
         at = tl.reshape(at_pixel[None, :] + column[:, None] * output_strides[1], (BLOCK_M * BLOCK_N,))
         mask = tl.reshape(exists[None, :] & has_column[:, None], (BLOCK_M * BLOCK_N,))
         tl.store(at, tl.reshape(tl.trans(result), (BLOCK_M * BLOCK_N,)), mask=mask)
+
+    if parts is not None:  # of what was written; not by ``merge``, for which the registers do not suffice
+        written = tl.where(exists[:, None], result.to(tl.float32), 0.0)
+        count = tl.sum(exists.to(tl.float32), 0)
+        mean = tl.sum(written, 0) / tl.maximum(count, 1.0)
+        deviation = tl.where(exists[:, None], written - mean[None, :], 0.0)
+        rest = tl.sum(deviation, 0) / tl.maximum(count, 1.0)
+        spread = tl.sum(deviation * deviation, 0) - count * rest * rest
+        here, number = tl.program_id(0), tl.num_programs(0)
+        store_part(
+            parts, here, number, column, outputs * tl.num_programs(2), has_column, count + mean * 0, mean + rest, spread
+        )
 
 
 @triton.jit

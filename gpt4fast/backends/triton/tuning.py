@@ -47,28 +47,37 @@ def _fastest(kind: str, name: str, tile: Tile, launch: Callable[[Tile], None]) -
     if name not in _known[kind]:
         _known[kind][name] = measured(tile, launch)
         write(kind, _known[kind])
-    return _known[kind][name]
+    # Only what this tile has, and the heuristic's where a file of an older version has nothing.
+    return {number: _known[kind][name].get(number, value) for number, value in tile.items()}
 
 
 def variants(tile: Tile) -> Iterator[Tile]:
-    """The tile, and it with other warps, with fewer keys or outputs at once, and with fewer stages."""
+    """The tile, and it with the other way of loading, with other warps, with fewer keys or outputs at once, with fewer
+    stages, and with its work in fewer parts."""
     yield tile
+    if "DESCRIPTORS" in tile:
+        yield {**tile, "DESCRIPTORS": 1 - tile["DESCRIPTORS"]}
     yield {**tile, "num_warps": 4 if tile["num_warps"] == 8 else 8}
     if tile["BLOCK_N"] > 16:
         yield {**tile, "BLOCK_N": tile["BLOCK_N"] // 2}
     if tile["num_stages"] > 1:
         yield {**tile, "num_stages": tile["num_stages"] - 1}
+    if tile.get("SPLITS", 1) > 1:
+        yield {**tile, "SPLITS": tile["SPLITS"] // 2}
 
 
 def measured(tile: Tile, launch: Callable[[Tile], None]) -> Tile:
-    """The fastest variant, of those for which the time suffices; one that a GPU has no room for is passed over."""
+    """The fastest variant, of those for which the time suffices. One that a GPU has no room for is passed over: Triton
+    finds that when it loads the kernel, or its assembler does when it looks for registers."""
+    from triton.runtime.errors import OutOfResources, PTXASError
+
     deadline, times = time.monotonic() + SECONDS, []
     for variant in variants(tile):
         if times and time.monotonic() >= deadline:
             break
         try:
             times.append((seconds_of(functools.partial(launch, variant)), len(times), variant))
-        except Exception:
+        except (OutOfResources, PTXASError):
             if variant is tile:  # then the call itself fails, and says why
                 raise
     return min(times)[2]
@@ -112,7 +121,7 @@ def read() -> dict[str, dict[str, Tile]]:
             isinstance(number, int)
             for tiles in table.values()
             for tile in tiles.values()
-            for number in (tile[name] for name in ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"))
+            for number in (*(tile[name] for name in ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")), *tile.values())
         )
         return table if well_formed else {}
     except (OSError, ValueError, AttributeError, KeyError, TypeError):

@@ -9,8 +9,10 @@ import torch
 import gpt4fast
 from gpt4fast.backends.reference import attention as reference_attention
 from gpt4fast.backends.triton import attention as triton_attention
-from gpt4fast.backends.triton import availability
+from gpt4fast.backends.triton import attention_config as config
+from gpt4fast.backends.triton import attention_launch, availability
 from gpt4fast.ops.attention import prepare
+from gpt4fast.ops.attention_varlen import prepare as prepare_varlen
 
 pytest.importorskip("triton")
 if not availability.INTERPRETED and not torch.cuda.is_available():
@@ -89,6 +91,62 @@ def test_values_and_gradients(case, dtype):
         got, other, true = (torch.where(true.isfinite(), t.double(), 0) for t in (got, other, true))
         eps = torch.finfo(torch.float32 if name == "lse" else dtype).eps
         assert (got - true).norm() <= 2 * (other - true).norm() + 2 * eps * true.norm(), name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_descriptors_fetch_the_same(case, monkeypatch):
+    """Bit by bit what pointers fetch: whole tiles, rows narrower than a tile, and heads that are shared."""
+    shape, options = CASES[case]
+    made = {name: value().to(DEVICE) if callable(value) else value for name, value in options.items()}
+    shape = *shape[:5], *(-(-width // 8) * 8 for width in shape[5:])  # rows of whole 16 bytes
+    (query, key, value), _ = operands(shape, torch.float16)
+    call, _ = prepare(query, key, value, *(DEFAULTS | made).values())
+    assert not any(described(monkeypatch, 0, call)[1])
+    results, loads = described(monkeypatch, 1, call)
+    for got, expected in zip(results, described(monkeypatch, 0, call)[0], strict=True):
+        assert torch.equal(got, expected)
+    assert set(loads) == {"Key", "Value"}
+
+
+def described(monkeypatch, choice, call, function=triton_attention.attention):
+    """Results with descriptors (1) or pointers (0), and what there were descriptors of."""
+    made, original = [], attention_launch.descriptor
+
+    def descriptor(tensor, rows):
+        made.append("Key" if tensor.data_ptr() == call["key"].data_ptr() else "Value")
+        return original(tensor, rows)
+
+    monkeypatch.setattr(attention_launch, "descriptor", descriptor)
+    monkeypatch.setattr(
+        attention_launch.tuning, "fastest", lambda kernel, shapes, tile, *_: {**tile, "DESCRIPTORS": choice}
+    )
+    results = function(**call)
+    monkeypatch.undo()
+    return results, made
+
+
+def test_descriptors_of_packed_sequences(monkeypatch):
+    """A sequence's tiles begin anywhere among the rows."""
+    starts = torch.tensor([0, 40, 65, 135], device=DEVICE)
+    query, key, value = (torch.randn(135, heads, 24, device=DEVICE) for heads in (4, 2, 2))
+    call = prepare_varlen(
+        query, key, value, starts, starts, 70, 70, 0.0, True, None, 0, None, 0.0, None, True
+    )  # fmt: skip
+    results, loads = described(monkeypatch, 1, call, triton_attention.attention_varlen)
+    expected, _ = described(monkeypatch, 0, call, triton_attention.attention_varlen)
+    assert set(loads) == {"Key", "Value"} and all(map(torch.equal, results, expected))
+
+
+def test_what_descriptors_take():
+    """Rows of whole 16 bytes on Hopper and after; no head that is expanded."""
+    matrices = torch.empty(2, 3, 5, 24, dtype=torch.float16, device=DEVICE)
+    assert config.takes_descriptor(matrices, (9, 0)) and config.takes_descriptor(matrices, (10, 0))
+    assert config.takes_descriptor(matrices.transpose(1, 2), (9, 0))
+    assert not config.takes_descriptor(matrices, (8, 9))
+    assert not config.takes_descriptor(matrices[:, :, :0], (9, 0))
+    for odd in (matrices[..., 1:], matrices[:, :1].expand(2, 3, 5, 24), matrices.transpose(2, 3), matrices[..., ::2]):
+        assert not config.takes_descriptor(odd, (9, 0))
+    assert not config.takes_descriptor(torch.empty(2, 3, 5, 20, dtype=torch.float16), (9, 0))
 
 
 def test_a_hidden_nan_stays_hidden():

@@ -6,7 +6,10 @@ import pytest
 import torch
 
 import gpt4fast
+from gpt4fast.backends.reference import attention_decode
 from gpt4fast.backends.triton import attention_config as config
+from gpt4fast.backends.triton import attention_decode as triton_attention_decode
+from gpt4fast.backends.triton import tuning
 
 pytest.importorskip("triton")
 
@@ -14,8 +17,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def make(
-    dtype=torch.float32, batch=2, heads=4, kv_heads=2, new=1, dim=16, value_dim=16, capacity=48, block=None, int8=False,
-    appends=True,
+    dtype=torch.float32, batch=2, heads=4, kv_heads=2, new=1, dim=16, value_dim=16, capacity=48, block=None,
+    stored=None, appends=True,
 ):  # fmt: skip
     """Arguments of a step: what lies past a row's end is NaN, and a paged cache's blocks are shuffled."""
     lengths = torch.randint(new, capacity - new + 1, (batch,))
@@ -27,8 +30,8 @@ def make(
         table = torch.randperm(batch * blocks + 1)[:-1].view(batch, blocks)
         options["block_table"], rows, entries = table, batch * blocks + 1, block
     caches = [torch.randn(rows, kv_heads, entries, width) for width in (dim, value_dim)]
-    if int8:
-        caches = [(cache * 40).round().clamp(-127, 127).to(torch.int8) for cache in caches]
+    if stored is not None:
+        caches = [(cache * 40).round().clamp(-127, 127).to(stored) for cache in caches]
         options |= {f"{name}_scales": torch.rand(rows, kv_heads, entries) / 30 for name in ("key", "value")}
     else:
         caches = [cache.to(dtype) for cache in caches]
@@ -58,7 +61,7 @@ def check(call, options, **more):
         tensors = [t.clone() for t in call]
         copies = {key: t.clone() for key, t in options.items()}
         if name == "exact":
-            tensors = [t.double() if t.is_floating_point() else t for t in tensors]
+            tensors = [t.double() if t.dtype == call[0].dtype else t for t in tensors]
             copies = {k: t.double() if t.is_floating_point() and "scales" not in k else t for k, t in copies.items()}
         out, lse = gpt4fast.attention_decode(
             *tensors, **copies, **more, return_lse=True, impl="triton" if name == "triton" else "reference"
@@ -74,6 +77,8 @@ def check(call, options, **more):
     for cache, expected in zip(ours[2:], plain[2:], strict=True):
         if cache.dtype == torch.int8:  # a rotation rounded otherwise may end in the next integer
             assert (cache.int() - expected.int()).abs().max() <= 1
+        elif cache.dtype == torch.float8_e4m3fn:
+            torch.testing.assert_close(cache.float(), expected.float(), rtol=1 / 8, atol=1 / 512)
         else:
             torch.testing.assert_close(cache, expected, equal_nan=True)
 
@@ -86,8 +91,10 @@ SHAPES = {
     "paged": {"block": 8, "new": 3},
     "paged, small blocks": {"block": 3, "dim": 8, "value_dim": 4},
     "as it is": {"appends": False},
-    "int8": {"int8": True, "new": 2},
-    "int8, paged": {"int8": True, "block": 16},
+    "int8": {"stored": torch.int8, "new": 2},
+    "int8, paged": {"stored": torch.int8, "block": 16},
+    "float8": {"stored": torch.float8_e4m3fn, "new": 2},
+    "float8, paged": {"stored": torch.float8_e4m3fn, "block": 16},
 }
 
 
@@ -120,9 +127,28 @@ def test_options(name, shape):
 
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("rotary_dim", [16, 8, 2])
-@pytest.mark.parametrize("shape", ["many queries", "paged", "int8, paged"])
+@pytest.mark.parametrize("shape", ["many queries", "paged", "int8, paged", "float8, paged"])
 def test_rotary(shape, rotary_dim, interleaved):
     check(*make(**SHAPES[shape]), rotary=tables(60, rotary_dim), rotary_interleaved=interleaved)
+
+
+def test_float8_rounding_is_torchs():
+    """To the nearest, of equals the even one, over all magnitudes."""
+    (query, *caches, lengths), options = make(stored=torch.float8_e4m3fn, dim=256, value_dim=256, new=2)
+    for name in ("key", "value"):
+        entries = torch.randn_like(options[name]) * torch.logspace(-4, 2, 256, device=DEVICE)
+        entries[..., :8] = torch.tensor([448, 1.0625, 1.1875, -17, 1 / 1024, 3 / 1024, 0.0156, 447])
+        options[name] = entries.clamp(-448, 448)  # scales of 1, and so numbers half way between two
+        options[name][:, 0] *= 1.03
+    options["key"][0, 0, 0] = 0
+    expected = [t.clone() for t in (*caches, options["key_scales"], options["value_scales"])]
+    attention_decode.attention_decode(
+        lambda query, *_: (query, None), query, *expected[:2], lengths, options["key"], options["value"], None, None,
+        False, *expected[2:], 1.0, None, None, 0.0, None, False,
+    )  # fmt: skip
+    gpt4fast.attention_decode(query, *caches, lengths, **options, impl="triton")
+    for got, other in zip((*caches, options["key_scales"], options["value_scales"]), expected, strict=True):
+        assert torch.equal(got.float(), other.float())
 
 
 def test_a_row_that_sees_nothing_is_zero():
@@ -144,6 +170,24 @@ def test_strides_of_any_kind():
     torch.testing.assert_close(call[1], key_cache, equal_nan=True)
 
 
+def test_whatever_tile_the_tuner_takes(monkeypatch):
+    """Each of its variants computes the same, and the step is appended once."""
+    call, options = make(batch=1, heads=6, kv_heads=1, new=3, capacity=300)
+    arguments = [t.clone() for t in call], {name: t.clone() for name, t in options.items()}
+    expected = gpt4fast.attention_decode(*arguments[0], **arguments[1], impl="reference")
+    launches = []
+    monkeypatch.setattr(tuning, "fastest", lambda name, shapes, *launch: launches.append(launch[:2]) or launch[0])
+    out = gpt4fast.attention_decode(*call, **options, impl="triton")
+    ((tile, launch),) = launches
+    wide = {**tile, "BLOCK_N": 2 * tile["BLOCK_N"], "num_warps": 4, "num_stages": 1}
+    assert tile["SPLITS"] > 1
+    for variant in (tile, *tuning.variants(wide)):
+        out.fill_(float("nan"))
+        launch(variant)
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(call[1], arguments[0][1], equal_nan=True)
+
+
 def test_the_same_bits_each_time():
     call, options = make(batch=1, heads=2, kv_heads=1, capacity=300)
     first, second = (gpt4fast.attention_decode(*[t.clone() for t in call], **options, impl="triton") for _ in range(2))
@@ -158,7 +202,7 @@ def test_empty_batch():
     assert out.shape == (0, 2, 1, 8)
 
 
-def test_refusals():
+def test_refusals(monkeypatch):
     call, options = make()
     query = call[0].requires_grad_()
     with pytest.raises(RuntimeError, match="no gradients"):
@@ -166,6 +210,12 @@ def test_refusals():
     wide = make(dim=264)
     with pytest.raises(RuntimeError, match="head_dim of at most 256"):
         gpt4fast.attention_decode(*wide[0], **wide[1], impl="triton")
+    rounded = make(stored=torch.float8_e4m3fn)
+    monkeypatch.setattr(triton_attention_decode, "capability_of", lambda tensor: (8, 6))
+    with pytest.raises(RuntimeError, match="float8 cache from compute capability 8.9"):
+        gpt4fast.attention_decode(*rounded[0], **rounded[1], impl="triton")
+    with pytest.raises(RuntimeError, match="int8, not float8_e4m3fn"):
+        gpt4fast.attention_decode(*rounded[0], **rounded[1], impl="native")
 
 
 def test_opcheck():

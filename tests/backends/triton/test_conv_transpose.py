@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from gpt4fast.backends.reference.conv_transpose import ACTIVATIONS, epilogue
-from gpt4fast.backends.triton import availability
+from gpt4fast.backends.triton import availability, tuning
 from gpt4fast.backends.triton import conv_transpose as triton_conv_transpose
 from gpt4fast.backends.triton import conv_transpose_config as config
 from gpt4fast.ops.conv_transpose import prepare
@@ -172,6 +172,24 @@ def test_weight_gradient_in_parts():
     for one, two, truth in zip(first, second, exact, strict=True):
         assert torch.equal(one, two)
         torch.testing.assert_close(one.double(), truth, rtol=1e-5, atol=1e-4)
+
+
+def test_weight_gradient_by_whatever_tile_the_tuner_takes(monkeypatch):
+    case = 2, 5, 35, (5, 4), (4, 4), (2, 2), (1, 1), (0, 0), 1, (1, 1)
+    leaves, geometry = operands(case, torch.float32, True)
+    grad = torch.randn_like(theirs(*leaves, geometry))
+    expected = torch.autograd.grad(theirs(*leaves, geometry), leaves[1], grad)
+    tried = []
+
+    def fastest(name, shapes, tile, launch, tensor):
+        if name == "weight_gradient":
+            tried.extend(tuning.variants(tile))
+        return min(tuning.variants(tile), key=lambda variant: variant["BLOCK_N"])
+
+    output = ours(*leaves, geometry)
+    monkeypatch.setattr(tuning, "fastest", fastest)
+    torch.testing.assert_close(torch.autograd.grad(output, leaves[1], grad), expected, rtol=1e-4, atol=1e-4)
+    assert {tile["BLOCK_N"] for tile in tried} == {32, 64}
 
 
 def test_long_sums():

@@ -19,10 +19,12 @@ SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024, "
 SPILLING = {"mask": 64, "dropout": 64, "softcap": 64}
 SPILLING_BEFORE_3_9 = {"mask": 160, "dropout": 64, "softcap": 64, "attention 128": 24}
 
+SUMS_AND_COPIES = ("delta", "append", "combine", "statistics", "apply", "gradient_sums", "input_gradient")
+
 
 def multiplies_matrices(title: str) -> bool:
     name = title.partition(", ")[2].removesuffix(" again")
-    return name not in ("delta", "append", "combine") and not title.startswith("depthwise")
+    return name not in SUMS_AND_COPIES and not title.startswith("depthwise")
 
 
 def faults(title: str, kernel: dict, spilling: dict[str, int]) -> Iterator[str]:
@@ -40,6 +42,8 @@ def faults(title: str, kernel: dict, spilling: dict[str, int]) -> Iterator[str]:
             yield "no tensor cores"
         if kernel["wide"] == 0 and not title.startswith("image"):  # of three channels
             yield "no access of 16 bytes"
+        if "descriptors" in title and kernel["descriptors"] == 0:
+            yield "no tensor descriptor"
         softmax = title.startswith(("attention", "decode"))  # which multiplies, too
         if kernel["loop FFMA"] > 0 and not softmax:
             yield f"{kernel['loop FFMA']} scalar products in the inner loop"

@@ -45,15 +45,41 @@ def test_the_fastest_is_taken_and_measured_once(launches, monkeypatch):
     }
 
 
-def test_what_does_not_fit_is_passed_over(launches):
+@pytest.mark.parametrize("error", ["shared memory", "registers"])
+def test_what_does_not_fit_is_passed_over(launches, error):
+    errors = pytest.importorskip("triton.runtime.errors")
+
     def launch(tile):
         if tile["BLOCK_N"] == 32:
-            raise RuntimeError("out of resource: shared memory")
+            raise errors.OutOfResources(3, 2, error) if error == "shared memory" else errors.PTXASError(error)
         launches.append(tile)
 
     assert tuning._fastest("gpu", "kernel", TILE, launch) == TILE  # the first of equals
-    with pytest.raises(RuntimeError, match="shared memory"):
+    with pytest.raises(errors.TritonError, match=error):
         tuning._fastest("gpu", "another", {**TILE, "BLOCK_N": 32}, launch)
+
+
+def test_what_is_wrong_is_not_passed_over(launches):
+    """An error that has nothing to do with the tile's size is no reason to take another."""
+
+    def launch(tile):
+        if tile["BLOCK_N"] == 32:
+            raise RuntimeError("an illegal memory access")
+        launches.append(tile)
+
+    with pytest.raises(RuntimeError, match="illegal"):
+        tuning._fastest("gpu", "kernel", TILE, launch)
+
+
+def test_descriptors_and_parts_are_varied(launches):
+    """What an older file does not have is the heuristic's, and what a tile does not have is left alone."""
+    tile = {**TILE, "DESCRIPTORS": 0, "SPLITS": 8}
+    tuning._fastest("gpu", "kernel", tile, launches.append)
+    assert {**tile, "DESCRIPTORS": 1} in launches and {**tile, "SPLITS": 4} in launches and len(launches) == 6
+    tuning._fastest("gpu", "old", TILE, launches.append)
+    assert tuning._fastest("gpu", "old", tile, launches.append) == {**tile, "BLOCK_N": 32}
+    assert tuning._fastest("gpu", "kernel", TILE, launches.append) == {**TILE, "BLOCK_N": 32}
+    assert {**TILE, "SPLITS": 0} not in tuning.variants({**TILE, "SPLITS": 1})
 
 
 def test_it_keeps_to_its_time(launches, monkeypatch):
