@@ -83,18 +83,6 @@ void check_positions(const int64_t* positions, const char* name, int64_t rows) {
 
 }  // namespace
 
-ElementType element_type_of(const Tensor& tensor, const char* name) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float: return ElementType::float32;
-    case ScalarType::BFloat16: return ElementType::bfloat16;
-    case ScalarType::Half: return ElementType::float16;
-    case ScalarType::Char: return ElementType::int8;
-    default:
-      STD_TORCH_CHECK(false, "expected ", name, " to be float32, bfloat16 or float16, but its dtype is ",
-                      name_of(tensor.scalar_type()));
-  }
-}
-
 const int64_t* index_data(const std::optional<Tensor>& index, const char* name, int64_t rows) {
   if (!index) {
     return nullptr;

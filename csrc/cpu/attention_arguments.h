@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "../attention.h"
+#include "../common/tensors.h"
 
 namespace gpt4fast::cpu {
 
@@ -34,20 +35,11 @@ struct AttentionSettings {
 void set_attention_params(const torch::stable::Tensor& query, const torch::stable::Tensor& key,
                           const torch::stable::Tensor& value, const AttentionSettings& settings, AttentionParams& p);
 
-ElementType element_type_of(const torch::stable::Tensor& tensor, const char* name);
-
 // A contiguous int64 tensor (rows), or null.
 const int64_t* index_data(const std::optional<torch::stable::Tensor>& index, const char* name, int64_t rows);
 
 // An uninitialised result of attention, (batch, heads, queries, value_dim): heads_first in memory, or queries first, so
 // that a model needs no copy to merge its heads.
 torch::stable::Tensor empty_result(const torch::stable::Tensor& query, int64_t value_dim, bool heads_first);
-
-template <size_t kCount>
-void copy_strides(const torch::stable::Tensor& tensor, int64_t (&strides)[kCount]) {
-  for (size_t axis = 0; axis < kCount; ++axis) {
-    strides[axis] = tensor.stride(static_cast<int64_t>(axis));
-  }
-}
 
 }  // namespace gpt4fast::cpu
