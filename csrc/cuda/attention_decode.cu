@@ -11,6 +11,7 @@
 
 #include "attention_decode_arguments.h"
 #include "common/dtypes.h"
+#include "common/empty.h"
 #include "cuda/attention_decode_cache.cuh"
 #include "cuda/attention_decode_config.h"
 #include "cuda/attention_decode_products.cuh"
@@ -130,20 +131,22 @@ __global__ void __launch_bounds__(DecodeConfig<scalar_t, cache_t, kWidth>::kThre
         key += kBlockKeys;
         upcoming = find(key);
       }
-      const auto load = [&](const void* cache, const int64_t (&strides)[4], const float* scales,
-                            const int64_t (&scale_strides)[3], int columns, bool is_wide) {
-        load_tile<cache_t, kWidth>(shared.cache.tiles[warp][step % kTiles],
-                                   static_cast<const cache_t*>(cache) + kv_head * strides[1],
-                                   entry.block < 0 ? -1 : entry.offset(strides), strides[3], columns, is_wide);
-        if (Config::kIsQuantized && lane < kDecodeKeys) {
-          const int64_t offset = entry.block < 0 ? 0 : entry.offset(scale_strides) + kv_head * scale_strides[1];
-          copy_async<4>(&shared.cache.scales[warp][step % kTiles][lane], scales + offset, entry.block >= 0);
-        }
-      };
-      if (is_key) {
-        load(p.key, p.key_strides, p.key_scales, p.key_scale_strides, head_dim, p.key_is_wide);
-      } else {
-        load(p.value, p.value_strides, p.value_scales, p.value_scale_strides, value_dim, p.value_is_wide);
+      // One call for both: it is long.
+      const auto pick = [&](const auto& of_key, const auto& of_value) { return is_key ? of_key : of_value; };
+      const int slot = step % kTiles;
+      const int64_t offset =
+          entry.offset(pick(p.key_strides[0], p.value_strides[0]), pick(p.key_strides[2], p.value_strides[2]));
+      load_tile<cache_t, kWidth>(
+          shared.cache.tiles[warp][slot],
+          static_cast<const cache_t*>(pick(p.key, p.value)) + kv_head * pick(p.key_strides[1], p.value_strides[1]),
+          entry.block < 0 ? -1 : offset, pick(p.key_strides[3], p.value_strides[3]), pick(head_dim, value_dim),
+          pick(p.key_is_wide, p.value_is_wide));
+      if (Config::kIsQuantized && lane < kDecodeKeys) {
+        const int64_t scale = entry.offset(pick(p.key_scale_strides[0], p.value_scale_strides[0]),
+                                           pick(p.key_scale_strides[2], p.value_scale_strides[2])) +
+                              kv_head * pick(p.key_scale_strides[1], p.value_scale_strides[1]);
+        copy_async<4>(&shared.cache.scales[warp][slot][lane],
+                      pick(p.key_scales, p.value_scales) + (entry.block < 0 ? 0 : scale), entry.block >= 0);
       }
     }
     commit_copies();
@@ -328,8 +331,8 @@ void run(const Device& device, const Tensor& query, DecodeLaunch& p) {
   p.splits = decode_splits(heads * p.parts, p.kv_length, Config::kBlockKeys, device.processors());
   Tensor part_out, part_lse;
   if (p.splits > 1) {
-    part_out = device.empty(query, {heads * rows, p.splits, p.value_dim}, ScalarType::Float);
-    part_lse = device.empty(query, {heads * rows, p.splits}, ScalarType::Float);
+    part_out = device.fresh(torch::stable::new_empty(query, {heads * rows, p.splits, p.value_dim}, ScalarType::Float));
+    part_lse = device.fresh(torch::stable::new_empty(query, {heads * rows, p.splits}, ScalarType::Float));
     p.part_out = part_out.mutable_data_ptr<float>();
     p.part_lse = part_lse.mutable_data_ptr<float>();
   }
@@ -357,13 +360,14 @@ std::tuple<Tensor, Tensor> decode(const Tensor& query, const Tensor& key_cache, 
                   width);
   STD_TORCH_CHECK(p.kv_length < INT32_MAX, "expected key_cache to have fewer than 2^31 entries, but it has ",
                   p.kv_length);
-  const Tensor out = device.empty(query, {p.batch, p.query_length, p.query_heads, p.value_dim}, query.scalar_type());
-  const Tensor lse = device.empty(query, {p.batch, p.query_heads, p.query_length}, ScalarType::Float);
+  const Tensor out = device.fresh(
+      empty_beside<4>(query, {p.batch, p.query_heads, p.query_length, p.value_dim}, query.scalar_type(), {0, 2, 1, 3}));
+  const Tensor lse =
+      device.fresh(torch::stable::new_empty(query, {p.batch, p.query_heads, p.query_length}, ScalarType::Float));
   p.kv_lengths = kv_lengths.const_data_ptr<int64_t>();
   p.out = out.mutable_data_ptr();
   p.lse = lse.mutable_data_ptr<float>();
   copy_strides(out, p.out_strides);
-  std::swap(p.out_strides[1], p.out_strides[2]);
   p.key_is_wide = has_wide_rows(key_cache);
   p.value_is_wide = has_wide_rows(value_cache);
   allow_access(query, false);
@@ -391,7 +395,7 @@ std::tuple<Tensor, Tensor> decode(const Tensor& query, const Tensor& key_cache, 
       });
     });
   }
-  return {torch::stable::transpose(out, 1, 2), lse};
+  return {out, lse};
 }
 
 }  // namespace

@@ -17,13 +17,12 @@ struct DecodeLaunch : AttentionDecodeParams {
   bool key_is_wide, value_is_wide;  // rows can be copied 16 bytes at a time
 };
 
-// Where an entry lies in a cache, but for the head: at block * strides[0] + within * strides[2].
+// Where an entry lies in a cache, but for the head.
 struct Entry {
   int64_t block, within;
 
-  template <size_t kCount>
-  __device__ __forceinline__ int64_t offset(const int64_t (&strides)[kCount]) const {
-    return block * strides[0] + within * strides[2];
+  __device__ __forceinline__ int64_t offset(int64_t block_stride, int64_t stride) const {
+    return block * block_stride + within * stride;
   }
 };
 
@@ -53,6 +52,7 @@ __device__ __forceinline__ void load_tile(cache_t* tile, const cache_t* head, in
       const bool valid = from >= 0 && column < columns;
       copy_async<16>(target, valid ? head + from + column : head, valid);
     } else {
+#pragma unroll 1
       for (int k = 0; k < kCount; ++k) {
         target[k] = from >= 0 && column + k < columns ? head[from + (column + k) * stride] : static_cast<cache_t>(0.0f);
       }
@@ -138,8 +138,9 @@ __device__ __forceinline__ void append(const DecodeLaunch& p, int64_t batch, int
                            int64_t columns, auto read) {
       const auto* from = static_cast<const scalar_t*>(fresh) + batch * fresh_strides[0] + head * fresh_strides[1] +
                          token * fresh_strides[2];
-      auto* to = static_cast<cache_t*>(cache) + entry.offset(strides) + head * strides[1];
-      float* scale = scales ? scales + entry.offset(scale_strides) + head * scale_strides[1] : nullptr;
+      auto* to = static_cast<cache_t*>(cache) + entry.offset(strides[0], strides[2]) + head * strides[1];
+      float* scale =
+          scales ? scales + entry.offset(scale_strides[0], scale_strides[2]) + head * scale_strides[1] : nullptr;
       write_row<cache_t, kWidth>(to, strides[3], columns, scale, [&](int column) { return read(from, column); });
     };
     write(p.new_key, p.new_key_strides, p.key_cache, p.key_strides, p.key_scales, p.key_scale_strides, p.head_dim,

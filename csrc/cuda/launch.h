@@ -3,8 +3,6 @@
 // Launching kernels, by nvcc for a GPU, or by g++ for the emulation of one (emulation/emulator.h).
 
 #include <cstdint>
-#include <initializer_list>
-#include <vector>
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
@@ -48,17 +46,10 @@ class Device {
   void launch(void (*kernel)(Parameters...), int64_t blocks, unsigned threads, size_t shared_bytes,
               const Arguments&... arguments) const;
 
-  // An uninitialised contiguous tensor for kernels to write to.
-  torch::stable::Tensor empty(const torch::stable::Tensor& like, std::initializer_list<int64_t> shape,
-                              torch::headeronly::ScalarType dtype) const {
-    const torch::stable::Tensor tensor = torch::stable::new_empty(like, std::vector<int64_t>(shape), dtype);
-    begin_tensor(tensor);
-    return tensor;
-  }
+  // A new tensor for kernels to write to: NaN in the emulation, so that what is not written shows.
+  torch::stable::Tensor fresh(const torch::stable::Tensor& tensor) const;
 
  private:
-  static void begin_tensor(const torch::stable::Tensor& tensor);
-
   int processors_;
 #if defined(__CUDACC__)
   torch::stable::accelerator::DeviceGuard guard_;
@@ -90,7 +81,9 @@ void Device::launch(void (*kernel)(Parameters...), int64_t blocks, unsigned thre
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-inline void Device::begin_tensor(const torch::stable::Tensor&) {}
+inline torch::stable::Tensor Device::fresh(const torch::stable::Tensor& tensor) const {
+  return tensor;
+}
 
 inline void allow_access(const void*, int64_t, bool) {}
 
@@ -118,10 +111,11 @@ void Device::launch(void (*kernel)(Parameters...), int64_t blocks, unsigned thre
       &call);
 }
 
-inline void Device::begin_tensor(const torch::stable::Tensor& tensor) {
+inline torch::stable::Tensor Device::fresh(const torch::stable::Tensor& tensor) const {
   const auto bytes = static_cast<size_t>(tensor.numel()) * tensor.element_size();
-  std::fill_n(static_cast<unsigned char*>(tensor.mutable_data_ptr()), bytes, 0xFF);  // NaN
+  std::fill_n(static_cast<unsigned char*>(tensor.mutable_data_ptr()), bytes, 0xFF);
   emulation::allow_access(tensor.const_data_ptr(), bytes, true);
+  return tensor;
 }
 
 inline void allow_access(const void* data, int64_t bytes, bool writable) {
