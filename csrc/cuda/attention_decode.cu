@@ -68,7 +68,7 @@ struct Row {
 };
 
 template <typename scalar_t, typename cache_t, int kWidth>
-__global__ void __launch_bounds__(DecodeConfig<scalar_t, cache_t, kWidth>::kThreads)
+__global__ void __launch_bounds__(DecodeConfig<scalar_t, cache_t, kWidth>::kThreads, 1)
     attention_decode_kernel(const DecodeLaunch p) {
   using Config = DecodeConfig<scalar_t, cache_t, kWidth>;
   constexpr int kTiles = Config::kTiles, kBlockKeys = Config::kBlockKeys;
@@ -326,6 +326,8 @@ bool has_wide_rows(const Tensor& cache) {
 template <typename scalar_t, typename cache_t, int kWidth>
 void run(const Device& device, const Tensor& query, DecodeLaunch& p) {
   using Config = DecodeConfig<scalar_t, cache_t, kWidth>;
+  constexpr size_t kSharedBytes = sizeof(DecodeShared<scalar_t, cache_t, kWidth>);
+  static_assert(kSharedBytes <= kMostSharedBytes);
   const int64_t heads = p.batch * p.kv_heads, rows = p.query_heads / p.kv_heads * p.query_length;
   p.parts = ceil_div(rows, kDecodeRows);
   p.splits = decode_splits(heads * p.parts, p.kv_length, Config::kBlockKeys, device.processors());
@@ -337,7 +339,7 @@ void run(const Device& device, const Tensor& query, DecodeLaunch& p) {
     p.part_lse = part_lse.mutable_data_ptr<float>();
   }
   device.launch(attention_decode_kernel<scalar_t, cache_t, kWidth>, heads * p.parts * p.splits, Config::kThreads,
-                sizeof(DecodeShared<scalar_t, cache_t, kWidth>), p);
+                kSharedBytes, p);
   if (p.splits > 1) {
     device.launch(attention_decode_combine_kernel<scalar_t>, heads * rows, kCombineThreads, 0, p);
   }

@@ -222,6 +222,7 @@ __global__ void __launch_bounds__(Tile::kThreads) conv_transpose_kernel(const Co
 
 template <typename scalar_t, Products kProducts, typename Tile>
 void launch_tile(const Device& device, ConvTransposeLaunch& p) {
+  static_assert(sizeof(ConvTransposeShared<Tile>) <= kMostSharedBytes);
   int64_t pixels = p.batch, phases = 1;
   for (int axis = 0; axis < 3; ++axis) {
     p.phases[axis] = std::min(p.stride[axis], p.out_size[axis]);

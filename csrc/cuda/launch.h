@@ -34,6 +34,9 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
+// Shared memory that a block may have where a multiprocessor has least of it, at compute capability 8.6.
+inline constexpr size_t kMostSharedBytes = 99 << 10;
+
 // The device of a tensor, made current, and torch's stream on it. Each operator makes one before it passes memory on.
 class Device {
  public:

@@ -156,14 +156,30 @@ def _native_conv_transpose(call: dict) -> str | None:
     return native_refusal(call["input"])
 
 
-def _cuda_conv_transpose(call: dict) -> str | None:
+def cuda_refusal(tensor: Tensor) -> str | None:
+    """Why the CUDA kernels can't take a tensor, or None."""
     if CUDA_LIBRARY_ERROR is not None:
         return CUDA_LIBRARY_ERROR
-    if call["input"].device.type != "cuda":
-        return f"the CUDA kernels are for CUDA tensors, and this one is on {call['input'].device}"
-    if call["input"].dtype == torch.float64:
+    if tensor.device.type != "cuda":
+        return f"the CUDA kernels are for CUDA tensors, and this one is on {tensor.device}"
+    if tensor.dtype == torch.float64:
         return "the CUDA kernels take float32, bfloat16 and float16"
+    if in_transform():
+        return "the CUDA kernels have no rules for torch.func and forward-mode differentiation"
     return None
+
+
+def _cuda_conv_transpose(call: dict) -> str | None:
+    return cuda_refusal(call["input"])
+
+
+def _cuda_attention_decode(call: dict) -> str | None:
+    query, widest = call["query"], max(call["query"].shape[3], call["value_cache"].shape[3])
+    if needs_grad(query, call["key"], call["value"], call["key_cache"], call["value_cache"], call["alibi_slopes"]):
+        return "the CUDA kernel of attention_decode gives no gradients"
+    if widest > 256:
+        return f"the CUDA kernel of attention_decode takes rows of at most 256 numbers, and these have {widest}"
+    return cuda_refusal(query)
 
 
 # What "auto" prefers. The figures are torch's time / the native kernel's, on 2 cores (Zen 5): benchmarks/LOG.md.
@@ -257,6 +273,7 @@ ATTENTION_DECODE = Op(
     {
         "native": Candidate(compiled_attention_decode.attention_decode, _native_attention_decode),
         "triton": Candidate(triton_attention_decode.attention_decode, triton_attention_decode.refusal),
+        "cuda": Candidate(compiled_attention_decode.attention_decode, _cuda_attention_decode),
         "reference": Candidate(partial(cached_attention, reference_attention.attention), _never),
         "torch": Candidate(partial(cached_attention, aten_attention.attention), _torch_attention),
     },
@@ -267,7 +284,7 @@ CONV_TRANSPOSE = Op(
     {
         "native": Candidate(compiled_conv_transpose.conv_transpose, _native_conv_transpose),
         "triton": Candidate(triton_conv_transpose.conv_transpose, triton_conv_transpose.refusal),
-        "cuda": Candidate(compiled_conv_transpose.conv_transpose_then_affine, _cuda_conv_transpose),
+        "cuda": Candidate(compiled_conv_transpose.cuda_conv_transpose, _cuda_conv_transpose),
         "reference": Candidate(reference_conv_transpose.conv_transpose, _never),
         "torch": Candidate(aten_conv_transpose.conv_transpose, _never),
     },

@@ -117,6 +117,20 @@ def test_native_refuses_gradients_of_decoding(needs_native):
         gpt4fast.attention_decode(query, *caches, impl="native")
 
 
+def test_cuda_kernels_refuse_what_they_cannot_serve():
+    """On a machine without a GPU too, a refusal names what is in the way."""
+    query, *caches = cached()
+    with pytest.raises(RuntimeError, match="gradient"):
+        gpt4fast.attention_decode(query.clone().requires_grad_(), *caches, impl="cuda")
+    wide = torch.randn(1, 1, 1, 257), *torch.randn(2, 1, 1, 4, 257), torch.tensor([2])
+    with pytest.raises(RuntimeError, match="257"):
+        gpt4fast.attention_decode(*wide, impl="cuda")
+    with pytest.raises(RuntimeError, match="CUDA"):
+        gpt4fast.attention_decode(query, *caches, impl="cuda")
+    with pytest.raises(RuntimeError, match="CUDA"):
+        gpt4fast.conv_transpose1d(torch.randn(1, 8, 4), torch.randn(8, 8, 4), impl="cuda")
+
+
 def test_unknown_names(monkeypatch):
     with pytest.raises(ValueError, match="impl must be one of auto"):
         gpt4fast.attention(*qkv(), impl="fast")

@@ -9,8 +9,8 @@ from ..test_affine_activation import DTYPES, SHAPES, check, layouts, parameters
 
 
 @pytest.fixture(autouse=True)
-def _emulated(emulated, monkeypatch):
-    monkeypatch.setattr(torch.ops, "gpt4fast", emulated)
+def _cuda_ops(cuda_ops, monkeypatch):
+    monkeypatch.setattr(torch.ops, "gpt4fast", cuda_ops)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

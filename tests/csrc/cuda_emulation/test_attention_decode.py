@@ -16,8 +16,8 @@ class Case(cpu.Case):
 
 
 @pytest.fixture(autouse=True)
-def _emulated_decode(emulated, monkeypatch):
-    monkeypatch.setattr(torch.ops, "gpt4fast", emulated)
+def _cuda_ops(cuda_ops, monkeypatch):
+    monkeypatch.setattr(torch.ops, "gpt4fast", cuda_ops)
 
 
 FORMS = {"contiguous": {}, "pages of 16": {"page": 16}, "pages of 3": {"page": 3}}

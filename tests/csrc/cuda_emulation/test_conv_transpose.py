@@ -28,11 +28,11 @@ SHAPES = {
 }
 
 
-def convolve(emulated, input, weight, bias, geometry, epilogue=(None, None, "none"), channels_last=False, tf32=False):
+def convolve(cuda_ops, input, weight, bias, geometry, epilogue=(None, None, "none"), channels_last=False, tf32=False):
     stride, padding, output_padding, groups, dilation = (
         x if i == 3 or isinstance(x, tuple) else (x,) * (input.dim() - 2) for i, x in enumerate(geometry)
     )
-    return emulated.conv_transpose_forward(
+    return cuda_ops.conv_transpose_forward(
         input, weight, bias, stride, padding, output_padding, groups, dilation, *epilogue, 0.2, channels_last,
         None, False, tf32,
     )  # fmt: skip
@@ -64,41 +64,41 @@ def check(output, input, weight, bias, geometry, unit=None):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", SHAPES)
-def test_matches_float64(emulated, name, dtype):
+def test_matches_float64(cuda_ops, name, dtype):
     input, weight, bias, geometry = operands(name, dtype)
-    check(convolve(emulated, input, weight, bias, geometry), input, weight, bias, geometry)
+    check(convolve(cuda_ops, input, weight, bias, geometry), input, weight, bias, geometry)
     if input.dim() > 3:
         layout = torch.channels_last if input.dim() == 4 else torch.channels_last_3d
         input = input.contiguous(memory_format=layout)
-        output = convolve(emulated, input, weight, bias, geometry, channels_last=True)
+        output = convolve(cuda_ops, input, weight, bias, geometry, channels_last=True)
         assert output.is_contiguous(memory_format=layout)
         check(output, input, weight, bias, geometry)
 
 
 @pytest.mark.parametrize("name", ["doubling", "odd channels", "groups"])
-def test_tf32(emulated, name):
+def test_tf32(cuda_ops, name):
     input, weight, bias, geometry = operands(name, torch.float32)
-    check(convolve(emulated, input, weight, bias, geometry, tf32=True), input, weight, bias, geometry, unit=2**-10)
+    check(convolve(cuda_ops, input, weight, bias, geometry, tf32=True), input, weight, bias, geometry, unit=2**-10)
     input, weight = input.half().float(), weight.half().float()  # of which TF32 loses nothing
-    check(convolve(emulated, input, weight, bias, geometry, tf32=True), input, weight, bias, geometry)
+    check(convolve(cuda_ops, input, weight, bias, geometry, tf32=True), input, weight, bias, geometry)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_large_tiles(emulated, dtype):
+def test_large_tiles(cuda_ops, dtype):
     """Of half types and TF32: enough pixels and channels for every multiprocessor."""
     input, weight, bias = torch.randn(2, 40, 8, 16).to(dtype), torch.randn(40, 66, 2, 2).to(dtype), torch.randn(66)
     geometry = (2, 0, 0, 1, 1)
-    output = convolve(emulated, input, weight, bias, geometry, tf32=True)
+    output = convolve(cuda_ops, input, weight, bias, geometry, tf32=True)
     check(output, input, weight, bias, geometry, unit=2**-10 if dtype == torch.float32 else None)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_epilogue(emulated, activation, channels_last):
+def test_epilogue(cuda_ops, activation, channels_last):
     input, weight, bias, geometry = operands("doubling", torch.float32)
     for given in itertools.product((True, False), repeat=2):
         scale, shift = (torch.randn(40).to(torch.bfloat16) if keep else None for keep in given)
-        output = convolve(emulated, input, weight, bias, geometry, (scale, shift, activation), channels_last)
+        output = convolve(cuda_ops, input, weight, bias, geometry, (scale, shift, activation), channels_last)
         expected = F.conv_transpose2d(input.double(), weight.double(), bias.double(), *geometry)
         if scale is not None:
             expected = expected * scale.double().view(-1, 1, 1)
@@ -107,21 +107,21 @@ def test_epilogue(emulated, activation, channels_last):
         torch.testing.assert_close(output.double(), ACTIVATIONS[activation](expected), rtol=1e-4, atol=1e-4)
 
 
-def test_any_strides_and_misaligned_starts(emulated):
+def test_any_strides_and_misaligned_starts(cuda_ops):
     input, weight, bias, geometry = operands("doubling", torch.float16)
-    expected = convolve(emulated, input, weight, bias, geometry)
+    expected = convolve(cuda_ops, input, weight, bias, geometry)
     rows = input.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
     storage = torch.empty(input.numel() + 1, dtype=input.dtype)
     misaligned = storage[1:].view(rows.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2).copy_(input)
     stepped = torch.empty(2, 32, 10, 6, dtype=input.dtype)[:, ::2, ::2].copy_(input)
     for same in (rows, misaligned, stepped, input.transpose(2, 3).contiguous().transpose(2, 3)):
-        assert torch.equal(convolve(emulated, same, weight.mT.contiguous().mT, bias, geometry), expected)
+        assert torch.equal(convolve(cuda_ops, same, weight.mT.contiguous().mT, bias, geometry), expected)
 
 
-def test_sizes_of_zero_and_bad_arguments(emulated):
+def test_sizes_of_zero_and_bad_arguments(cuda_ops):
     input, weight, bias, geometry = operands("groups", torch.float32)
-    assert convolve(emulated, input[:0], weight, bias, geometry).shape == (0, 21, 12)
+    assert convolve(cuda_ops, input[:0], weight, bias, geometry).shape == (0, 21, 12)
     for change, name in (({1: weight.half()}, "weight"), ({2: bias[:5]}, "bias"), ({0: input.double()}, "input")):
         arguments = [change.get(i, value) for i, value in enumerate((input, weight, bias, geometry))]
         with pytest.raises(RuntimeError, match=rf"\b{name}\b"):
-            convolve(emulated, *arguments)
+            convolve(cuda_ops, *arguments)
