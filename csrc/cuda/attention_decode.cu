@@ -50,23 +50,7 @@ struct alignas(16) DecodeShared {
   float peaks[Config::kWarps][kDecodeRows], totals[Config::kWarps][kDecodeRows];
 };
 
-// A query row of a block, and the keys that it sees.
-struct Row {
-  bool exists;
-  int64_t head, token;
-  int position, lower, upper;
-
-  __device__ __forceinline__ Row(const DecodeLaunch& p, int64_t kv_head, int64_t part, int row, int first, int length) {
-    const int64_t index = part * kDecodeRows + row, group = p.query_heads / p.kv_heads;
-    exists = index < group * p.query_length;
-    head = kv_head * group + index / p.query_length;
-    token = index % p.query_length;
-    position = length - static_cast<int>(p.query_length - token);
-    lower = p.window_left < 0 ? first : max(first, position - static_cast<int>(p.window_left));
-    upper = exists ? position + 1 : 0;
-  }
-};
-
+// One block may have all registers: for more of them, which shared memory does not admit, ptxas spilled some.
 template <typename scalar_t, typename cache_t, int kWidth>
 __global__ void __launch_bounds__(DecodeConfig<scalar_t, cache_t, kWidth>::kThreads, 1)
     attention_decode_kernel(const DecodeLaunch p) {

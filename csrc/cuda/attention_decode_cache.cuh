@@ -1,6 +1,6 @@
 #pragma once
 
-// A head of a key-value cache on a GPU, contiguous or in blocks: reading it, and what is appended to it.
+// A head of a key-value cache on a GPU, contiguous or in blocks: who sees what of it, reading it, and appending to it.
 
 #include "../attention.h"
 #include "attention_decode_config.h"
@@ -15,6 +15,23 @@ struct DecodeLaunch : AttentionDecodeParams {
   float* part_out;                  // (B, Hq, Lq, splits, Dv), contiguous, or null where splits is 1
   float* part_lse;                  // (B, Hq, Lq, splits), likewise
   bool key_is_wide, value_is_wide;  // rows can be copied 16 bytes at a time
+};
+
+// A query row of a block, and the keys that it sees.
+struct Row {
+  bool exists;
+  int64_t head, token;
+  int position, lower, upper;
+
+  __device__ __forceinline__ Row(const DecodeLaunch& p, int64_t kv_head, int64_t part, int row, int first, int length) {
+    const int64_t index = part * kDecodeRows + row, group = p.query_heads / p.kv_heads;
+    exists = index < group * p.query_length;
+    head = kv_head * group + index / p.query_length;
+    token = index % p.query_length;
+    position = length - static_cast<int>(p.query_length - token);
+    lower = p.window_left < 0 ? first : max(first, position - static_cast<int>(p.window_left));
+    upper = exists ? position + 1 : 0;
+  }
 };
 
 // Where an entry lies in a cache, but for the head.
