@@ -27,7 +27,7 @@ inline constexpr int64_t kLargest = int64_t{1} << 30;
 inline constexpr int64_t kMostElements = int64_t{1} << 48;
 
 inline void read_list(const std::vector<int64_t>& values, const char* name, int64_t dims, int64_t least,
-               int64_t (&target)[3]) {
+                      int64_t (&target)[3]) {
   STD_TORCH_CHECK(static_cast<int64_t>(values.size()) == dims, "expected ", name,
                   " to have one number for each of the ", dims, " spatial dimensions, but it has ", values.size());
   for (int64_t i = 0; i < dims; ++i) {
@@ -67,7 +67,7 @@ inline std::vector<int64_t> sizes_of(const torch::stable::Tensor& tensor) {
 // Those of the weight alone. Throws std::runtime_error, like what follows, where an argument would make a kernel leave
 // its memory. winograd asks for cpu/conv_transpose_winograd_kernel.cpp, which serves kernels of twice the stride.
 inline void set_weight(const torch::stable::Tensor& weight, int64_t groups, bool winograd, ConvTransposeParams& p) {
-    STD_TORCH_CHECK(3 <= weight.dim() && weight.dim() <= 5,
+  STD_TORCH_CHECK(3 <= weight.dim() && weight.dim() <= 5,
                   "expected weight to have 3 to 5 dimensions, but its shape is ", shape_of(weight));
   STD_TORCH_CHECK(groups >= 1 && weight.size(0) % groups == 0,
                   "expected groups to be positive and to divide the channels of input, but it is ", groups,
@@ -97,9 +97,10 @@ inline void set_weight(const torch::stable::Tensor& weight, int64_t groups, bool
 }
 
 // All but the output. Returns its shape.
-inline std::vector<int64_t> set_input(const torch::stable::Tensor& input, const torch::stable::Tensor& weight, int64_t groups,
-                               const ConvTransposeGeometry& geometry, bool winograd, ConvTransposeParams& p) {
-    STD_TORCH_CHECK(3 <= input.dim() && input.dim() <= 5, "expected input to have 3 to 5 dimensions, but its shape is ",
+inline std::vector<int64_t> set_input(const torch::stable::Tensor& input, const torch::stable::Tensor& weight,
+                                      int64_t groups, const ConvTransposeGeometry& geometry, bool winograd,
+                                      ConvTransposeParams& p) {
+  STD_TORCH_CHECK(3 <= input.dim() && input.dim() <= 5, "expected input to have 3 to 5 dimensions, but its shape is ",
                   shape_of(input));
   p.dtype = element_type_of(input, "input");
   CHECK_DIM(weight, input.dim());

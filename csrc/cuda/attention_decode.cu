@@ -14,7 +14,7 @@
 #include "common/empty.h"
 #include "cuda/attention_decode_cache.cuh"
 #include "cuda/attention_decode_config.h"
-#include "cuda/attention_decode_products.cuh"
+#include "cuda/attention_products.cuh"
 #include "cuda/launch.h"
 
 namespace gpt4fast {
@@ -24,14 +24,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
 
-constexpr float kLog2E = 1.44269504088896340736f, kLn2 = 0.69314718055994530942f;
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr unsigned kCombineThreads = 128;
-
-// 2^(x - peak), 0 where the peak is of no number at all
-__device__ __forceinline__ float share(float x, float peak) {
-  return exp2_fast(x - (peak == -kInfinity ? 0.0f : peak));
-}
 
 template <typename scalar_t, typename cache_t, int kWidth>
 struct alignas(16) DecodeShared {
@@ -154,7 +147,7 @@ __global__ void __launch_bounds__(DecodeConfig<scalar_t, cache_t, kWidth>::kThre
   }
   for (int step = 0; step < steps; step += 2) {
     float scores[2][4] = {};
-    add_scores<scalar_t, kWidth>(scores, shared.query, next_tile(step, head_dim), head_dim);
+    add_scores<scalar_t, kWidth, kDecodeKeys>(scores, shared.query, next_tile(step, head_dim), head_dim);
     const int first_column = (begin + step / 2) * kBlockKeys + warp * kDecodeKeys + lane % 4 * 2;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -201,7 +194,7 @@ __global__ void __launch_bounds__(DecodeConfig<scalar_t, cache_t, kWidth>::kThre
         scores[n / 2][2 + n % 2] *= scale;
       }
     }
-    add_values<scalar_t, kWidth>(out, scores, values, value_dim);
+    add_values<scalar_t, kWidth, kDecodeKeys>(out, scores, values, value_dim);
   }
 
   // The warps' sums, brought to one maximum.
@@ -294,17 +287,6 @@ __global__ void __launch_bounds__(kCombineThreads) attention_decode_combine_kern
   if (threadIdx.x == 0) {
     p.lse[index] = total == 0.0f ? -kInfinity : peak + log2f(total) * kLn2;
   }
-}
-
-// Whether each row of a cache is whole 16 bytes, at a multiple of 16.
-bool has_wide_rows(const Tensor& cache) {
-  const auto size = static_cast<int64_t>(cache.element_size());
-  bool wide = cache.stride(3) == 1 && cache.size(3) * size % 16 == 0 &&
-              reinterpret_cast<uintptr_t>(cache.const_data_ptr()) % 16 == 0;
-  for (int axis = 0; axis < 3; ++axis) {
-    wide = wide && cache.stride(axis) * size % 16 == 0;
-  }
-  return wide;
 }
 
 template <typename scalar_t, typename cache_t, int kWidth>

@@ -148,4 +148,15 @@ inline void allow_access(const torch::stable::Tensor& tensor, bool writable) {
   allow_access(tensor.const_data_ptr(), extent_of(tensor), writable);
 }
 
+// Whether each row of a tensor (., ., ., D) is whole 16 bytes, at a multiple of 16.
+inline bool has_wide_rows(const torch::stable::Tensor& tensor) {
+  const auto size = static_cast<int64_t>(tensor.element_size());
+  bool wide = tensor.stride(3) == 1 && tensor.size(3) * size % 16 == 0 &&
+              reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
+  for (int axis = 0; axis < 3; ++axis) {
+    wide = wide && tensor.stride(axis) * size % 16 == 0;
+  }
+  return wide;
+}
+
 }  // namespace gpt4fast

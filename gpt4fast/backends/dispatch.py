@@ -173,12 +173,16 @@ def _cuda_conv_transpose(call: dict) -> str | None:
     return cuda_refusal(call["input"])
 
 
-def _cuda_attention_decode(call: dict) -> str | None:
-    query, widest = call["query"], max(call["query"].shape[3], call["value_cache"].shape[3])
-    if needs_grad(query, call["key"], call["value"], call["key_cache"], call["value_cache"], call["alibi_slopes"]):
-        return "the CUDA kernel of attention_decode gives no gradients"
+def _cuda_attention(call: dict) -> str | None:
+    query = call["query"]
+    others = [name for name in ("key", "value", "key_cache", "value_cache", "alibi_slopes") if name in call]
+    widest = max(query.shape[-1], call.get("value_cache", call["value"]).shape[-1])
+    if needs_grad(query, *(call[name] for name in others)):
+        return "the CUDA kernels of attention give no gradients"
+    if call.get("attn_mask") is not None or call.get("dropout_p"):
+        return "the CUDA kernel of attention has no mask and no dropout"
     if widest > 256:
-        return f"the CUDA kernel of attention_decode takes rows of at most 256 numbers, and these have {widest}"
+        return f"the CUDA kernels of attention take rows of at most 256 numbers, and these have {widest}"
     return cuda_refusal(query)
 
 
@@ -253,6 +257,7 @@ ATTENTION = Op(
     {
         "native": Candidate(compiled_attention.attention, _native_attention),
         "triton": Candidate(triton_attention.attention, triton_attention.refusal),
+        "cuda": Candidate(compiled_attention.attention, _cuda_attention),
         "reference": Candidate(reference_attention.attention, _never),
         "torch": Candidate(aten_attention.attention, _torch_attention),
     },
@@ -263,6 +268,7 @@ ATTENTION_VARLEN = Op(
     {
         "native": Candidate(compiled_attention.attention_varlen, _native_attention),
         "triton": Candidate(triton_attention.attention_varlen, triton_attention.refusal),
+        "cuda": Candidate(compiled_attention.attention_varlen, _cuda_attention),
         "reference": Candidate(partial(padded_attention, reference_attention.attention), _never),
         "torch": Candidate(partial(padded_attention, aten_attention.attention), _torch_attention),
     },
@@ -273,7 +279,7 @@ ATTENTION_DECODE = Op(
     {
         "native": Candidate(compiled_attention_decode.attention_decode, _native_attention_decode),
         "triton": Candidate(triton_attention_decode.attention_decode, triton_attention_decode.refusal),
-        "cuda": Candidate(compiled_attention_decode.attention_decode, _cuda_attention_decode),
+        "cuda": Candidate(compiled_attention_decode.attention_decode, _cuda_attention),
         "reference": Candidate(partial(cached_attention, reference_attention.attention), _never),
         "torch": Candidate(partial(cached_attention, aten_attention.attention), _torch_attention),
     },

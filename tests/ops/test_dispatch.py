@@ -94,7 +94,7 @@ def test_explain_tells_what_auto_runs(runs):
     [
         ("torch", {"softcap": 1.0}, "softcap"),
         ("triton", {"attn_mask": torch.zeros(3, 3, dtype=torch.float64)}, "float64 mask|not installed"),
-        ("cuda", {}, "cuda"),
+        ("cuda", {}, "CUDA"),
         ("native", {"attn_mask": torch.zeros(3, 3, dtype=torch.float64)}, "float64 mask"),
         ("native", {"alibi_slopes": torch.ones(2, requires_grad=True)}, "alibi_slopes"),
     ],
@@ -125,6 +125,8 @@ def test_cuda_kernels_refuse_what_they_cannot_serve():
     wide = torch.randn(1, 1, 1, 257), *torch.randn(2, 1, 1, 4, 257), torch.tensor([2])
     with pytest.raises(RuntimeError, match="257"):
         gpt4fast.attention_decode(*wide, impl="cuda")
+    with pytest.raises(RuntimeError, match="no mask"):
+        gpt4fast.attention(*qkv(), attn_mask=torch.zeros(3, 3), impl="cuda")
     with pytest.raises(RuntimeError, match="CUDA"):
         gpt4fast.attention_decode(query, *caches, impl="cuda")
     with pytest.raises(RuntimeError, match="CUDA"):

@@ -14,11 +14,13 @@ import torch
 from ..test_affine_activation import check as check_affine
 from ..test_affine_activation import parameters
 from ..test_attention_decode import tables
+from ..test_attention_forward import assert_close, make_inputs
 from . import test_conv_transpose as convolution
 from .build import ROOT, build
 from .test_attention_decode import Case
 
 DECODE, CONVOLUTION, AFFINE = "attention_decode.cu", "conv_transpose.cu", "affine_activation.cu"
+ATTENTION = "attention_forward.cu"
 BARRIER, WARP_BARRIER = "__syncthreads();", "__syncwarp();"
 
 # (source of the operator, file, what stands there, what is planted)
@@ -37,8 +39,8 @@ FAULTS = {
     "decode: future keys are seen": (DECODE, DECODE, "position + 1 : 0", "position + 2 : 0"),
     "decode: an entry too many": (DECODE, DECODE, "key < length ? find", "key <= length ? find"),
     "decode: the wrong slot": (DECODE, DECODE, "tiles[warp][step % kTiles]", "tiles[warp][(step + 1) % kTiles]"),
-    "decode: lane of a weight": (DECODE, "attention_decode_products.cuh", "key % 8 / 2", "key % 4 / 2"),
-    "decode: lane of a matrix": (DECODE, "attention_decode_products.cuh", "values + lane % 16", "values + lane % 8"),
+    "decode: lane of a weight": (DECODE, "attention_products.cuh", "key % 8 / 2", "key % 4 / 2"),
+    "decode: lane of a matrix": (DECODE, "attention_products.cuh", "values + lane % 16", "values + lane % 8"),
     "decode: half a warp's largest": (
         DECODE,
         "attention_decode_cache.cuh",
@@ -52,6 +54,34 @@ FAULTS = {
         "token < p.query_length",
         "token + 1 < p.query_length",
     ),
+    "attention: tile not waited for": (
+        ATTENTION,
+        ATTENTION,
+        "wait_for_copies<kTiles - 2>",
+        "wait_for_copies<kTiles - 1>",
+    ),
+    "attention: no barrier in the loop": (ATTENTION, ATTENTION, BARRIER + "             // every", "// every"),
+    "attention: no barrier before the result": (
+        ATTENTION,
+        ATTENTION,
+        f"  {BARRIER}\n  scalar_t* rows",
+        "  scalar_t* rows",
+    ),
+    "attention: no barrier after the result": (
+        ATTENTION,
+        ATTENTION,
+        f"  {WARP_BARRIER}\n  auto* result",
+        "  auto* result",
+    ),
+    "attention: a future key is seen": (ATTENTION, ATTENTION, "query + offset + 1);", "query + offset + 2);"),
+    "attention: the next sequence's query": (ATTENTION, ATTENTION, "first + row < end;", "first + row <= end;"),
+    "attention: a row too many": (
+        ATTENTION,
+        ATTENTION,
+        "row < sequence.query_length) {",
+        "row <= sequence.query_length) {",
+    ),
+    "attention: lane of a key": (ATTENTION, "attention_products.cuh", "lane / 8 % 2 * 8", "lane / 16 * 8"),
     "convolution: slice not waited for": (
         CONVOLUTION,
         CONVOLUTION,
@@ -109,6 +139,12 @@ def decode_battery(ops) -> None:
     Case(2, 1, 2, 1, 300, 40, 16, torch.float32, int8=True, lengths=[255, 7]).check()
 
 
+def attention_battery(ops) -> None:
+    assert_close(*make_inputs(2, 2, 1, 33, 65, 40, 24, torch.float16), is_causal=True, query_offset=30)
+    assert_close(*make_inputs(1, 1, 1, 70, 90, 64, 64, torch.bfloat16))
+    assert_close(*make_inputs(1, 2, 1, 5, 9, 7, 3, torch.float32), is_causal=True)
+
+
 def convolution_battery(ops) -> None:
     for name, dtype in (("doubling", torch.float16), ("odd channels", torch.float32), ("groups", torch.bfloat16)):
         input, weight, bias, geometry = convolution.operands(name, dtype)
@@ -120,7 +156,12 @@ def affine_battery(ops) -> None:
         check_affine(torch.randn(shape), *parameters(shape[1]), "relu")
 
 
-BATTERIES = {DECODE: decode_battery, CONVOLUTION: convolution_battery, AFFINE: affine_battery}
+BATTERIES = {
+    DECODE: decode_battery,
+    ATTENTION: attention_battery,
+    CONVOLUTION: convolution_battery,
+    AFFINE: affine_battery,
+}
 
 
 @pytest.mark.parametrize("source", BATTERIES)
