@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -30,13 +31,14 @@ def kernels() -> dict[str, dict[str, int]]:
 
 def faults(name: str, kernel: dict[str, int]):
     """What is wrong with a kernel whatever the budget says."""
+    attends = re.search(r"attention_(forward|decode)_kernel<(\w+)", name)
+    multiplies = attends or "conv_transpose_kernel" in name
+    exact = attends[2] == "float" if attends else "(Products)2" in name  # float32, not as TF32
+    threads = 64 if attends and exact and "256>" in name else 256 if re.search("affine|rows", name) else 128
     if kernel["spills"]:
         yield f"{kernel['spills']} bytes of local memory"
-    threads = 64 if "attention_decode_kernel<float" in name and "256>" in name else 128
     if kernel["registers"] * threads > 65536:
         yield f"{kernel['registers']} registers"
-    multiplies = "attention_decode_kernel" in name or "conv_transpose_kernel" in name
-    exact = "attention_decode_kernel<float" in name or "(Products)2" in name
     if multiplies and (kernel["tensor cores"] == 0) != exact:
         yield f"{kernel['tensor cores']} instructions of tensor cores"
     if multiplies and not exact and kernel["matrices"] == 0:

@@ -36,7 +36,7 @@ FAULTS = {
         "\n  const auto peak_of",
     ),
     "decode: no barrier after the sums": (DECODE, DECODE, f"{BARRIER}\n  for (int row", "\n  for (int row"),
-    "decode: future keys are seen": (DECODE, DECODE, "position + 1 : 0", "position + 2 : 0"),
+    "decode: future keys are seen": (DECODE, "attention_decode_cache.cuh", "position + 1 : 0", "position + 2 : 0"),
     "decode: an entry too many": (DECODE, DECODE, "key < length ? find", "key <= length ? find"),
     "decode: the wrong slot": (DECODE, DECODE, "tiles[warp][step % kTiles]", "tiles[warp][(step + 1) % kTiles]"),
     "decode: lane of a weight": (DECODE, "attention_products.cuh", "key % 8 / 2", "key % 4 / 2"),
@@ -143,6 +143,7 @@ def attention_battery(ops) -> None:
     assert_close(*make_inputs(2, 2, 1, 33, 65, 40, 24, torch.float16), is_causal=True, query_offset=30)
     assert_close(*make_inputs(1, 1, 1, 70, 90, 64, 64, torch.bfloat16))
     assert_close(*make_inputs(1, 2, 1, 5, 9, 7, 3, torch.float32), is_causal=True)
+    assert_close(*make_inputs(1, 1, 1, 40, 9, 16, 16, torch.float16), kv_lengths=torch.tensor([0]))
 
 
 def convolution_battery(ops) -> None:
