@@ -12,8 +12,8 @@
 
 namespace gpt4fast {
 
-// An uninitialised tensor whose memory holds the dimensions in the given order, the last one innermost. It takes 0.2 us,
-// where new_empty and transpose, which go through torch's dispatcher, take 0.7 us each.
+// An uninitialised tensor whose memory holds the dimensions in the given order, the last one innermost. It takes 0.2
+// us, where new_empty and transpose, which go through torch's dispatcher, take 0.7 us each.
 template <size_t kDims>
 torch::stable::Tensor empty_on(int32_t device_type, int32_t device_index, const std::array<int64_t, kDims>& sizes,
                                torch::headeronly::ScalarType dtype, const std::array<size_t, kDims>& order) {

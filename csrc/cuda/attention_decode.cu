@@ -1,6 +1,6 @@
 // Attention of a few queries over a cache (Flash-Decoding: Dao, Haziza, Massa and Sizov, 2023), bound by reading the
 // cache. All query rows that share a key/value head form one matrix. A block takes 16 of them through one part of the
-// keys: first it appends those new tokens that lie there, then each warp reads its own sixteenths of the keys by
+// keys: first it appends those new tokens that lie there, then each of its warps reads 16 keys of every 64 by
 // asynchronous copies, with a running maximum of its own, so that no warp waits for another until the block's sums are
 // put together. A second kernel combines the parts in order. Nothing is allocated but by torch, and the lengths are
 // only read on the GPU: a call can be captured in a graph. Not yet run on a GPU.

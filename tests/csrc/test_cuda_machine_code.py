@@ -17,6 +17,8 @@ sys.path.insert(0, str(ROOT / "tools"))
 import cuda_static  # noqa: E402
 
 MOST_KERNELS = 64  # of one architecture: more would take long to compile, and to read
+# Bytes of local memory: two numbers more than the 255 registers hold, in rows of 128 (sm_90a) and 256 (sm_100).
+SPILLING = {"attention_forward_kernel<float": 8}
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +37,7 @@ def faults(name: str, kernel: dict[str, int]):
     multiplies = attends or "conv_transpose_kernel" in name
     exact = attends[2] == "float" if attends else "(Products)2" in name  # float32, not as TF32
     threads = 64 if attends and exact and "256>" in name else 256 if re.search("affine|rows", name) else 128
-    if kernel["spills"]:
+    if kernel["spills"] > max((allowed for part, allowed in SPILLING.items() if part in name), default=0):
         yield f"{kernel['spills']} bytes of local memory"
     if kernel["registers"] * threads > 65536:
         yield f"{kernel['registers']} registers"
