@@ -67,9 +67,9 @@ struct AttentionDecodeParams : AttentionForwardParams {
   const void* new_value;  // (B, Hk, Lq, Dv)
   int64_t new_key_strides[4];
   int64_t new_value_strides[4];
-  const float* cos;  // (positions, rotary_dim / 2), contiguous: query and new_key are turned; or null
+  const float* cos;  // (rotary_positions, rotary_dim / 2), contiguous: query and new_key are turned; or null
   const float* sin;
-  int64_t rotary_dim;
+  int64_t rotary_positions, rotary_dim;
   bool rotary_interleaved;
 };
 

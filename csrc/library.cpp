@@ -22,7 +22,8 @@ STABLE_TORCH_LIBRARY(gpt4fast, m) {
   m.def(
       "conv_transpose_forward(Tensor input, Tensor weight, Tensor? bias, int[] stride, int[] padding, "
       "int[] output_padding, int groups, int[] dilation, Tensor? scale, Tensor? shift, str activation, "
-      "float negative_slope, bool channels_last, Tensor? packed=None, bool winograd=False) -> Tensor");
+      "float negative_slope, bool channels_last, Tensor? packed=None, bool winograd=False, bool tf32=False) -> "
+      "Tensor");
   m.def(
       "conv_transpose_backward(Tensor grad_out, Tensor input, Tensor weight, int[] stride, int[] padding, "
       "int[] output_padding, int groups, int[] dilation, bool channels_last, bool needs_input_grad, "

@@ -5,12 +5,7 @@
 
 #include "../activation.h"
 #include "checks.h"
-
-#if defined(__CUDACC__)
-#define GPT4FAST_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define GPT4FAST_HOST_DEVICE inline
-#endif
+#include "host_device.h"
 
 namespace gpt4fast {
 

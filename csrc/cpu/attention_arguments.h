@@ -1,53 +1,16 @@
 #pragma once
 
-// What the attention operators have in common: their arguments, checked and turned into parameters for a kernel.
-
-#include <cstdint>
-#include <optional>
-
-#include <torch/csrc/stable/tensor.h>
-
-#include "../attention.h"
+#include "../attention_arguments.h"
+#include "../common/empty.h"
 
 namespace gpt4fast::cpu {
 
-// The arguments of attention_forward and attention_backward after the tensors, in the order of the schema.
-struct AttentionSettings {
-  const std::optional<torch::stable::Tensor>& attn_mask;
-  double dropout_p;
-  const std::optional<torch::stable::Tensor>& dropout_seed;
-  bool is_causal;
-  double scale;
-  int64_t query_offset;
-  const std::optional<torch::stable::Tensor>& query_offsets;
-  const std::optional<torch::stable::Tensor>& kv_lengths;
-  const std::optional<torch::stable::Tensor>& kv_starts;
-  int64_t window_left;
-  int64_t window_right;
-  double softcap;
-  const std::optional<torch::stable::Tensor>& alibi_slopes;
-  const std::optional<torch::stable::Tensor>& cu_seqlens_q;
-  const std::optional<torch::stable::Tensor>& cu_seqlens_k;
-};
-
-// Throws std::runtime_error where an argument would make a kernel leave its memory.
-void set_attention_params(const torch::stable::Tensor& query, const torch::stable::Tensor& key,
-                          const torch::stable::Tensor& value, const AttentionSettings& settings, AttentionParams& p);
-
-ElementType element_type_of(const torch::stable::Tensor& tensor, const char* name);
-
-// A contiguous int64 tensor (rows), or null.
-const int64_t* index_data(const std::optional<torch::stable::Tensor>& index, const char* name, int64_t rows);
-
 // An uninitialised result of attention, (batch, heads, queries, value_dim): heads_first in memory, or queries first, so
 // that a model needs no copy to merge its heads.
-torch::stable::Tensor empty_result(const torch::stable::Tensor& query, int64_t value_dim, bool heads_first);
-
-template <size_t kCount>
-void copy_strides(const torch::stable::Tensor& tensor, int64_t (&strides)[kCount]) {
-  for (size_t axis = 0; axis < kCount; ++axis) {
-    strides[axis] = tensor.stride(static_cast<int64_t>(axis));
-  }
+inline torch::stable::Tensor empty_result(const torch::stable::Tensor& query, int64_t value_dim, bool heads_first) {
+  const std::array<int64_t, 4> sizes = {query.size(0), query.size(1), query.size(2), value_dim};
+  return heads_first ? empty_on_cpu(sizes, query.scalar_type())
+                     : empty_on_cpu(sizes, query.scalar_type(), {0, 2, 1, 3});
 }
 
 }  // namespace gpt4fast::cpu

@@ -106,6 +106,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     const Optional& kv_lengths, const Optional& kv_starts, int64_t window_left, int64_t window_right, double softcap,
     const Optional& alibi_slopes, const Optional& cu_seqlens_q, const Optional& cu_seqlens_k) {
   AttentionBackwardParams p{};
+  CHECK_CPU(query);
   set_attention_params(query, key, value,
                        {attn_mask, dropout_p, dropout_seed, is_causal, scale, query_offset, query_offsets, kv_lengths,
                         kv_starts, window_left, window_right, softcap, alibi_slopes, cu_seqlens_q, cu_seqlens_k},

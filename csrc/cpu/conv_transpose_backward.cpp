@@ -36,7 +36,7 @@ Tensor input_gradient(const Tensor& grad_out, const Tensor& input, const Tensor&
     std::swap(adjoint.in_size[axis], adjoint.out_size[axis]);
   }
   adjoint.input = grad_out.const_data_ptr();
-  copy_strides(grad_out, adjoint.input_strides);
+  copy_image_strides(grad_out, adjoint.input_strides);
   const Tensor out = empty_images(sizes_of(input), input, channels_last);
   if (out.numel() > 0) {
     std::vector<float> affine(2 * static_cast<size_t>(adjoint.out_channels + ConvTransposeParams::kMostLanes));
@@ -59,7 +59,7 @@ Tensor weight_gradient(const Tensor& grad_out, const Tensor& weight, double mult
     return torch::stable::fill_(out, 0.0);
   }
   int64_t strides[5];
-  copy_strides(grad_out, strides);
+  copy_image_strides(grad_out, strides);
   const ConvTransposeWeightGradientKernel& kernel = active_conv_transpose_weight_gradient_kernel();
   const int64_t threads = threads_for(multiplications), bytes = kernel.workspace(p);
   const Tensor workspace = empty_on_cpu<2>({threads, bytes}, ScalarType::Byte);
@@ -78,6 +78,8 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_out, const Tensor& input,
                                     const std::vector<int64_t>& dilation, bool channels_last, bool needs_input_grad,
                                     bool needs_weight_grad) {
   ConvTransposeParams p{};
+  CHECK_CPU(input);
+  CHECK_CPU(weight);
   const std::vector<int64_t> shape =
       set_input(input, weight, groups, {stride, padding, output_padding, dilation}, false, p);
   CHECK_CPU(grad_out);

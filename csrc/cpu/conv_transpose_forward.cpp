@@ -53,6 +53,7 @@ void set_affine(const std::optional<Tensor>& bias, const std::optional<Tensor>& 
 
 Tensor pack(const Tensor& weight, int64_t groups, bool winograd) {
   ConvTransposeParams p{};
+  CHECK_CPU(weight);
   set_weight(weight, groups, winograd, p);
   return pack_weight(weight, p);
 }
@@ -61,9 +62,11 @@ Tensor forward(const Tensor& input, const Tensor& weight, const std::optional<Te
                const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
                const std::vector<int64_t>& output_padding, int64_t groups, const std::vector<int64_t>& dilation,
                const std::optional<Tensor>& scale, const std::optional<Tensor>& shift, StringHandle activation,
-               double negative_slope, bool channels_last, const std::optional<Tensor>& packed, bool winograd) {
+               double negative_slope, bool channels_last, const std::optional<Tensor>& packed, bool winograd, bool) {
   ConvTransposeParams p{};
   p.activation = parse_activation(take_string(activation));  // first: a failed check must not lose the string
+  CHECK_CPU(input);
+  CHECK_CPU(weight);
   p.negative_slope = static_cast<float>(negative_slope);
   p.channels_last = channels_last;
   const Tensor out = empty_images(

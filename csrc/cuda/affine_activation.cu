@@ -1,6 +1,5 @@
 #include "affine_activation.h"
 
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
 #include "cuda/launch.h"
@@ -96,13 +95,16 @@ __global__ void __launch_bounds__(kBlockSize) affine_activation_kernel(const Aff
 Tensor affine_activation(const Tensor& input, const std::optional<Tensor>& bias, const std::optional<Tensor>& scale,
                          const std::optional<Tensor>& shift, const std::string& activation, double negative_slope) {
   CHECK_CUDA(input);
-  const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
-  const cudaStream_t stream = current_stream(input);
-  const auto launch = [stream]<typename scalar_t, Activation kActivation>(const AffineActivationParams& params) {
+  const Device device(input);
+  const auto launch = [&device]<typename scalar_t, Activation kActivation>(const AffineActivationParams& params) {
     constexpr int64_t kSize = Vector<scalar_t>::kSize;
-    const unsigned blocks = blocks_for((params.numel + kSize - 1) / kSize, kBlockSize);
-    affine_activation_kernel<scalar_t, kActivation><<<blocks, kBlockSize, 0, stream>>>(params);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    allow_access(params.input, params.numel * sizeof(scalar_t), false);
+    allow_access(params.output, params.numel * sizeof(scalar_t), true);
+    for (const float* parameters : {params.bias, params.scale, params.shift}) {
+      allow_access(parameters, params.channels * sizeof(float), false);
+    }
+    const int64_t blocks = ceil_div(params.numel, kSize * kBlockSize);
+    device.launch(affine_activation_kernel<scalar_t, kActivation>, blocks, kBlockSize, 0, params);
   };
   return run_affine_activation(input, bias, scale, shift, activation, negative_slope, launch);
 }
@@ -110,6 +112,6 @@ Tensor affine_activation(const Tensor& input, const std::optional<Tensor>& bias,
 }  // namespace
 }  // namespace gpt4fast
 
-STABLE_TORCH_LIBRARY_IMPL(gpt4fast, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(gpt4fast, GPT4FAST_CUDA_KEY, m) {
   m.impl("affine_activation", TORCH_BOX(&gpt4fast::affine_activation));
 }

@@ -185,14 +185,36 @@ def _native_conv_transpose(call: dict) -> str | None:
     return native_refusal(call["input"])
 
 
-def _cuda_conv_transpose(call: dict) -> str | None:
+def cuda_refusal(tensor: Tensor) -> str | None:
+    """Why the CUDA kernels can't take a tensor, or None."""
     if CUDA_LIBRARY_ERROR is not None:
         return CUDA_LIBRARY_ERROR
-    if call["input"].device.type != "cuda":
-        return f"the CUDA kernels are for CUDA tensors, and this one is on {call['input'].device}"
-    if call["input"].dtype == torch.float64:
+    if tensor.device.type != "cuda":
+        return f"the CUDA kernels are for CUDA tensors, and this one is on {tensor.device}"
+    if tensor.dtype == torch.float64:
         return "the CUDA kernels take float32, bfloat16 and float16"
+    if in_transform():
+        return "the CUDA kernels have no rules for torch.func and forward-mode differentiation"
     return None
+
+
+def _cuda_conv_transpose(call: dict) -> str | None:
+    return cuda_refusal(call["input"])
+
+
+def _cuda_attention(call: dict) -> str | None:
+    query = call["query"]
+    others = [name for name in ("key", "value", "key_cache", "value_cache", "alibi_slopes") if name in call]
+    widest = max(query.shape[-1], call.get("value_cache", call["value"]).shape[-1])
+    if needs_grad(query, *(call[name] for name in others)):
+        return "the CUDA kernels of attention give no gradients"
+    if call.get("attn_mask") is not None or call.get("dropout_p"):
+        return "the CUDA kernel of attention has no mask and no dropout"
+    if "key_cache" in call and call["key_cache"].dtype == torch.float8_e4m3fn:
+        return "the CUDA kernel of attention_decode takes caches in query's dtype and int8, not float8_e4m3fn"
+    if widest > 256:
+        return f"the CUDA kernels of attention take rows of at most 256 numbers, and these have {widest}"
+    return cuda_refusal(query)
 
 
 # What "auto" prefers. The figures are torch's time / the native kernel's, on 2 cores (Zen 5): benchmarks/LOG.md.
@@ -267,6 +289,7 @@ ATTENTION = Op(
     {
         "native": Candidate(compiled_attention.attention, _native_attention),
         "triton": Candidate(triton_attention.attention, triton_attention.refusal),
+        "cuda": Candidate(compiled_attention.attention, _cuda_attention),
         "reference": Candidate(reference_attention.attention, _never),
         "torch": Candidate(aten_attention.attention, _torch_attention),
     },
@@ -277,6 +300,7 @@ ATTENTION_VARLEN = Op(
     {
         "native": Candidate(compiled_attention.attention_varlen, _native_attention),
         "triton": Candidate(triton_attention.attention_varlen, triton_attention.refusal),
+        "cuda": Candidate(compiled_attention.attention_varlen, _cuda_attention),
         "reference": Candidate(partial(padded_attention, reference_attention.attention), _never),
         "torch": Candidate(partial(padded_attention, aten_attention.attention), _torch_attention),
     },
@@ -287,6 +311,7 @@ ATTENTION_DECODE = Op(
     {
         "native": Candidate(compiled_attention_decode.attention_decode, _native_attention_decode),
         "triton": Candidate(triton_attention_decode.attention_decode, triton_attention_decode.refusal),
+        "cuda": Candidate(compiled_attention_decode.attention_decode, _cuda_attention),
         "reference": Candidate(partial(cached_attention, reference_attention.attention), _never),
         "torch": Candidate(partial(cached_attention, aten_attention.attention), _torch_attention),
     },
@@ -297,7 +322,7 @@ CONV_TRANSPOSE = Op(
     {
         "native": Candidate(compiled_conv_transpose.conv_transpose, _native_conv_transpose),
         "triton": Candidate(triton_conv_transpose.conv_transpose, triton_conv_transpose.refusal),
-        "cuda": Candidate(compiled_conv_transpose.conv_transpose_then_affine, _cuda_conv_transpose),
+        "cuda": Candidate(compiled_conv_transpose.cuda_conv_transpose, _cuda_conv_transpose),
         "reference": Candidate(reference_conv_transpose.conv_transpose, _never),
         "torch": Candidate(aten_conv_transpose.conv_transpose, _never),
     },

@@ -94,7 +94,7 @@ def test_explain_tells_what_auto_runs(runs):
     [
         ("torch", {"softcap": 1.0}, "softcap"),
         ("triton", {"attn_mask": torch.zeros(3, 3, dtype=torch.float64)}, "float64 mask|not installed"),
-        ("cuda", {}, "cuda"),
+        ("cuda", {}, "CUDA"),
         ("native", {"attn_mask": torch.zeros(3, 3, dtype=torch.float64)}, "float64 mask"),
         ("native", {"alibi_slopes": torch.ones(2, requires_grad=True)}, "alibi_slopes"),
     ],
@@ -131,6 +131,26 @@ def test_listeners_hear_of_every_call(needs_native):
         raise KeyError
     gpt4fast.conv_transpose2d(input, weight, impl="native")
     assert heard == [("conv_transpose", "native")] * 2 + [("attention", "reference")]
+
+
+def test_cuda_kernels_refuse_what_they_cannot_serve():
+    """On a machine without a GPU too, a refusal names what is in the way."""
+    query, *caches = cached()
+    with pytest.raises(RuntimeError, match="gradient"):
+        gpt4fast.attention_decode(query.clone().requires_grad_(), *caches, impl="cuda")
+    wide = torch.randn(1, 1, 1, 257), *torch.randn(2, 1, 1, 4, 257), torch.tensor([2])
+    with pytest.raises(RuntimeError, match="257"):
+        gpt4fast.attention_decode(*wide, impl="cuda")
+    scales = torch.ones(2, 2, 10)
+    float8 = [cache.to(torch.float8_e4m3fn) for cache in caches[:2]]
+    with pytest.raises(RuntimeError, match="float8"):
+        gpt4fast.attention_decode(query, *float8, caches[2], key_scales=scales, value_scales=scales, impl="cuda")
+    with pytest.raises(RuntimeError, match="no mask"):
+        gpt4fast.attention(*qkv(), attn_mask=torch.zeros(3, 3), impl="cuda")
+    with pytest.raises(RuntimeError, match="CUDA"):
+        gpt4fast.attention_decode(query, *caches, impl="cuda")
+    with pytest.raises(RuntimeError, match="CUDA"):
+        gpt4fast.conv_transpose1d(torch.randn(1, 8, 4), torch.randn(8, 8, 4), impl="cuda")
 
 
 def test_unknown_names(monkeypatch):

@@ -14,6 +14,8 @@ from ..autograd import needs_grad
 from ..reference.conv_transpose import ACTIVATIONS, epilogue, memory_format, output_sizes
 from .packed_weights import is_kept, packed_weight
 
+FEWEST_CHANNELS = 8  # of a group, for the CUDA kernel: 16 bytes of a half type
+
 
 def conv_transpose(
     input: Tensor,
@@ -51,15 +53,16 @@ def bind(call: dict) -> Callable[..., Tensor]:
 def _bind(input: Tensor, weight: Tensor, settings: Sequence, activation: str | None, negative_slope: float):
     stride, *_, groups, dilation = settings
     dims, channels_last = len(stride) + 2, memory_format(input, weight) != torch.contiguous_format
-    kept = is_kept(weight)
-    winograd = winograd_wins(input, weight, stride, groups, dilation, kept)
+    kept = input.is_cpu and is_kept(weight)
+    winograd = input.is_cpu and winograd_wins(input, weight, stride, groups, dilation, kept)
+    tf32 = not input.is_cpu and torch.backends.cudnn.conv.fp32_precision == "tf32"
     last = activation or "none", negative_slope, channels_last
 
     def run(input: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None) -> Tensor:
         packed = packed_weight(weight, groups, winograd) if kept else None
         images = input if input.dim() == dims else input.unsqueeze(0)
         output = torch.ops.gpt4fast.conv_transpose_forward(
-            images, weight, bias, *settings, scale, shift, *last, packed, winograd
+            images, weight, bias, *settings, scale, shift, *last, packed, winograd, tf32
         )
         return output if images is input else output.squeeze(0)
 
@@ -87,7 +90,7 @@ def winograd_wins(input: Tensor, weight: Tensor, stride, groups: int, dilation, 
     )
 
 
-def conv_transpose_then_affine(
+def cuda_conv_transpose(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -101,9 +104,12 @@ def conv_transpose_then_affine(
     activation: str | None,
     negative_slope: float,
 ) -> Tensor:
-    """Torch's convolution (cuDNN's on a GPU), then bias, scale, shift and activation in one pass over its output."""
-    convolve = FUNCTIONS[input.dim() - 2]
-    output = convolve(input, weight, None, stride, padding, output_padding, groups, dilation)
+    """``conv_transpose`` on a GPU. Of groups with few channels tensor cores would compute mostly padding: cuDNN
+    convolves them, and bias, scale, shift and activation are one pass over its output. Not yet run on a GPU."""
+    settings = stride, padding, output_padding, groups, dilation
+    if min(weight.shape[0] // groups, weight.shape[1]) >= FEWEST_CHANNELS or groups == 1:
+        return conv_transpose(input, weight, bias, *settings, scale, shift, activation, negative_slope)
+    output = FUNCTIONS[input.dim() - 2](input, weight, None, *settings)
     return torch.ops.gpt4fast.affine_activation(output, bias, scale, shift, activation or "none", negative_slope)
 
 
@@ -123,6 +129,7 @@ def _fake_conv_transpose(
     channels_last,
     packed=None,
     winograd=False,
+    tf32=False,
 ):
     sizes = output_sizes(input.shape[2:], weight.shape[2:], stride, padding, output_padding, dilation)
     output = input.new_empty(input.shape[0], weight.shape[1] * groups, *sizes)
@@ -182,7 +189,7 @@ def _affine_backward(grad, output, bias, scale, shift, activation, negative_slop
 
 
 def _setup_conv_transpose(ctx, inputs, output):
-    input, weight, bias, *geometry, scale, shift, activation, slope, _, _, _ = inputs
+    input, weight, bias, *geometry, scale, shift, activation, slope, _, _, _, _ = inputs
     ctx.save_for_backward(input, weight, bias, scale, shift)
     ctx.settings = geometry, activation, slope
 
@@ -213,7 +220,7 @@ def _backward_conv_transpose(ctx, grad):
 
     wins = _native_wins(input, weight, padding, groups, dilation)
     grad_input, grad_weight = gradients(ours, theirs, wins, ctx.needs_input_grad[:2])
-    return grad_input, grad_weight, grad_bias, *(None,) * 5, grad_scale, grad_shift, *(None,) * 5
+    return grad_input, grad_weight, grad_bias, *(None,) * 5, grad_scale, grad_shift, *(None,) * 6
 
 
 def gradients(ours, theirs, wins: Sequence[bool], needed: Sequence[bool]) -> list[Tensor | None]:
@@ -243,6 +250,8 @@ def torch_crashes(input: Tensor, weight: Tensor, padding: tuple[int, ...], dilat
 def _native_wins(input: Tensor, weight: Tensor, padding, groups: int, dilation) -> list[bool]:
     """Whether the native gradient of the input, and that of the weight, is faster than torch's (benchmarks/LOG.md)."""
     outputs = weight.shape[1]
+    if not input.is_cpu:
+        return [False, False]  # there are no such kernels yet
     if torch_crashes(input, weight, padding, dilation):
         return [True, True]
     if input.dtype == torch.float16:

@@ -1,0 +1,374 @@
+// Attention of a few queries over a cache (Flash-Decoding: Dao, Haziza, Massa and Sizov, 2023), bound by reading the
+// cache. All query rows that share a key/value head form one matrix. A block takes 16 of them through one part of the
+// keys: first it appends those new tokens that lie there, then each of its warps reads 16 keys of every 64 by
+// asynchronous copies, with a running maximum of its own, so that no warp waits for another until the block's sums are
+// put together. A second kernel combines the parts in order. Nothing is allocated but by torch, and the lengths are
+// only read on the GPU: a call can be captured in a graph. Not yet run on a GPU.
+#include <optional>
+#include <tuple>
+
+#include <torch/csrc/stable/library.h>
+
+#include "attention_decode_arguments.h"
+#include "common/dtypes.h"
+#include "common/empty.h"
+#include "cuda/attention_decode_cache.cuh"
+#include "cuda/attention_decode_config.h"
+#include "cuda/attention_products.cuh"
+#include "cuda/launch.h"
+
+namespace gpt4fast {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Optional = std::optional<Tensor>;
+
+constexpr unsigned kCombineThreads = 128;
+
+template <typename scalar_t, typename cache_t, int kWidth>
+struct alignas(16) DecodeShared {
+  using Config = DecodeConfig<scalar_t, cache_t, kWidth>;
+  struct Tiles {
+    cache_t tiles[Config::kWarps][Config::kTiles][kDecodeKeys * padded_width<cache_t>(kWidth)];
+    float scales[Config::kWarps][Config::kTiles][kDecodeKeys];
+    scalar_t numbers[Config::kIsQuantized ? Config::kWarps : 1]
+                    [Config::kIsQuantized ? kDecodeKeys * padded_width<scalar_t>(kWidth) : 8];
+  };
+  scalar_t query[kDecodeRows * padded_width<scalar_t>(kWidth)];
+  union {
+    Tiles cache;
+    float sums[Config::kWarps][kDecodeRows][padded_width<float>(kWidth)];  // once the keys are done with
+  };
+  float peaks[Config::kWarps][kDecodeRows], totals[Config::kWarps][kDecodeRows];
+};
+
+// One block may have all registers: for more of them, which shared memory does not admit, ptxas spilled some.
+template <typename scalar_t, typename cache_t, int kWidth>
+__global__ void __launch_bounds__(DecodeConfig<scalar_t, cache_t, kWidth>::kThreads, 1)
+    attention_decode_kernel(const DecodeLaunch p) {
+  using Config = DecodeConfig<scalar_t, cache_t, kWidth>;
+  constexpr int kTiles = Config::kTiles, kBlockKeys = Config::kBlockKeys;
+  auto& shared = shared_memory<DecodeShared<scalar_t, cache_t, kWidth>>();
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const auto block = static_cast<int64_t>(blockIdx.x);
+  const int64_t split = block % p.splits, part = block / p.splits % p.parts;
+  const int64_t kv_head = block / (p.splits * p.parts) % p.kv_heads, batch = block / (p.splits * p.parts * p.kv_heads);
+
+  // The keys that any query sees, and this block's share of them.
+  const int64_t added = p.appends ? p.query_length : 0;
+  const auto length = static_cast<int>(max(int64_t{0}, min(p.kv_lengths[batch] + added, p.kv_length)));
+  int first = p.kv_starts ? static_cast<int>(max(int64_t{0}, min(p.kv_starts[batch], int64_t{length}))) : 0;
+  if (p.window_left >= 0) {
+    first = max(first, length - static_cast<int>(p.query_length + p.window_left));
+  }
+  const int first_tile = first / kBlockKeys, tiles = (length + kBlockKeys - 1) / kBlockKeys;
+  const int each = (max(tiles - first_tile, 0) + static_cast<int>(p.splits) - 1) / static_cast<int>(p.splits);
+  const int begin = first_tile + static_cast<int>(split) * each, end = min(begin + each, tiles);
+  if (p.appends) {
+    append<scalar_t, cache_t, kWidth>(p, batch, kv_head, split == 0 ? 0 : int64_t{begin} * kBlockKeys,
+                                      int64_t{end} * kBlockKeys, Config::kWarps);
+  }
+
+  const auto* query = static_cast<const scalar_t*>(p.query) + batch * p.query_strides[0];
+  const int head_dim = static_cast<int>(p.head_dim), value_dim = static_cast<int>(p.value_dim);
+  for (int row = warp; row < kDecodeRows; row += Config::kWarps) {
+    const Row place(p, kv_head, part, row, first, length);
+    const scalar_t* from = query + place.head * p.query_strides[1] + place.token * p.query_strides[2];
+    for (int column = lane; column < up_to_16(head_dim); column += 32) {
+      float number = 0.0f;
+      if (place.exists && column < head_dim) {
+        number = read_turned(p, from, p.query_strides[3], column, place.position);
+      }
+      shared.query[row * padded_width<scalar_t>(kWidth) + column] = static_cast<scalar_t>(number);
+    }
+  }
+  __syncthreads();
+
+  const Row rows[2] = {Row(p, kv_head, part, lane / 4, first, length),
+                       Row(p, kv_head, part, lane / 4 + 8, first, length)};
+  const float scale = p.softcap != 0.0f ? p.scale / p.softcap : p.scale * kLog2E;
+  float slopes[2] = {}, peaks[2] = {-kInfinity, -kInfinity}, totals[2] = {}, out[kWidth / 8][4] = {};
+  for (int i = 0; i < 2; ++i) {
+    if (p.alibi_slopes && rows[i].exists) {
+      slopes[i] = kLog2E * p.alibi_slopes[batch * p.alibi_strides[0] + rows[i].head * p.alibi_strides[1]];
+    }
+  }
+
+  // Tiles of keys and of values take turns. Where an entry lies is looked up one tile ahead.
+  const int steps = 2 * max(end - begin, 0);
+  const auto find = [&](int key) { return first <= key && key < length ? find_entry(p, batch, key) : Entry{-1, 0}; };
+  int key = begin * kBlockKeys + warp * kDecodeKeys + lane % kDecodeKeys;
+  Entry entry{}, upcoming = find(key);
+  const auto request = [&](int step) {
+    if (step < steps) {
+      const bool is_key = step % 2 == 0;
+      if (is_key) {
+        entry = upcoming;
+        key += kBlockKeys;
+        upcoming = find(key);
+      }
+      // One call for both: it is long.
+      const auto pick = [&](const auto& of_key, const auto& of_value) { return is_key ? of_key : of_value; };
+      const int slot = step % kTiles;
+      const int64_t offset =
+          entry.offset(pick(p.key_strides[0], p.value_strides[0]), pick(p.key_strides[2], p.value_strides[2]));
+      load_tile<cache_t, kWidth>(
+          shared.cache.tiles[warp][slot],
+          static_cast<const cache_t*>(pick(p.key, p.value)) + kv_head * pick(p.key_strides[1], p.value_strides[1]),
+          entry.block < 0 ? -1 : offset, pick(p.key_strides[3], p.value_strides[3]), pick(head_dim, value_dim),
+          pick(p.key_is_wide, p.value_is_wide));
+      if (Config::kIsQuantized && lane < kDecodeKeys) {
+        const int64_t scale = entry.offset(pick(p.key_scale_strides[0], p.value_scale_strides[0]),
+                                           pick(p.key_scale_strides[2], p.value_scale_strides[2])) +
+                              kv_head * pick(p.key_scale_strides[1], p.value_scale_strides[1]);
+        copy_async<4>(&shared.cache.scales[warp][slot][lane],
+                      pick(p.key_scales, p.value_scales) + (entry.block < 0 ? 0 : scale), entry.block >= 0);
+      }
+    }
+    commit_copies();
+  };
+  const auto next_tile = [&](int step, int columns) -> const scalar_t* {
+    wait_for_copies<kTiles - 2>();
+    __syncwarp();                // everyone's copies are there, and everyone is done with the tile before
+    request(step + kTiles - 1);  // which is overwritten
+    const cache_t* tile = shared.cache.tiles[warp][step % kTiles];
+    if constexpr (Config::kIsQuantized) {
+      convert_tile<scalar_t, kWidth>(tile, shared.cache.numbers[warp], columns);
+      __syncwarp();
+      return shared.cache.numbers[warp];
+    } else {
+      return tile;
+    }
+  };
+
+  for (int step = 0; step < kTiles - 1; ++step) {
+    request(step);
+  }
+  for (int step = 0; step < steps; step += 2) {
+    float scores[2][4] = {};
+    add_scores<scalar_t, kWidth, kDecodeKeys>(scores, shared.query, next_tile(step, head_dim), head_dim);
+    const int first_column = (begin + step / 2) * kBlockKeys + warp * kDecodeKeys + lane % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float peak = peaks[i];
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+        float& score = scores[n / 2][2 * i + n % 2];
+        const int column = first_column + n / 2 * 8 + n % 2;
+        float factor = scale;
+        if constexpr (Config::kIsQuantized) {
+          factor *= shared.cache.scales[warp][step % kTiles][column % kDecodeKeys];
+        }
+        score *= factor;
+        if (p.softcap != 0.0f) {
+          score = p.softcap * kLog2E * tanhf(score);
+        }
+        score -= slopes[i] * fabsf(static_cast<float>(rows[i].position - column));
+        score = rows[i].lower <= column && column < rows[i].upper ? score : -kInfinity;
+        peak = fmaxf(peak, score);
+      }
+      peak = fmaxf(peak, __shfl_xor_sync(0xFFFFFFFFu, peak, 1));
+      peak = fmaxf(peak, __shfl_xor_sync(0xFFFFFFFFu, peak, 2));
+      const float shrink = share(peaks[i], peak);
+      totals[i] *= shrink;
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+        float& score = scores[n / 2][2 * i + n % 2];
+        score = share(score, peak);
+        totals[i] += score;
+      }
+      peaks[i] = peak;
+#pragma unroll
+      for (int n = 0; n < kWidth / 8; ++n) {
+        out[n][2 * i] *= shrink;
+        out[n][2 * i + 1] *= shrink;
+      }
+    }
+    const scalar_t* values = next_tile(step + 1, value_dim);
+    if constexpr (Config::kIsQuantized) {
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+        const float scale = shared.cache.scales[warp][(step + 1) % kTiles][lane % 4 * 2 + n / 2 * 8 + n % 2];
+        scores[n / 2][n % 2] *= scale;
+        scores[n / 2][2 + n % 2] *= scale;
+      }
+    }
+    add_values<scalar_t, kWidth, kDecodeKeys>(out, scores, values, value_dim);
+  }
+
+  // The warps' sums, brought to one maximum.
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    totals[i] += __shfl_xor_sync(0xFFFFFFFFu, totals[i], 1);
+    totals[i] += __shfl_xor_sync(0xFFFFFFFFu, totals[i], 2);
+    if (lane % 4 == 0) {
+      shared.peaks[warp][lane / 4 + 8 * i] = peaks[i];
+      shared.totals[warp][lane / 4 + 8 * i] = totals[i];
+    }
+  }
+  __syncthreads();
+  const auto peak_of = [&](int row) {
+    float peak = shared.peaks[0][row];
+    for (int w = 1; w < Config::kWarps; ++w) {
+      peak = fmaxf(peak, shared.peaks[w][row]);
+    }
+    return peak;
+  };
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int row = lane / 4 + 8 * i;
+    const float factor = share(peaks[i], peak_of(row));
+#pragma unroll
+    for (int n = 0; n < kWidth / 8; ++n) {
+      if (8 * n < value_dim) {
+        shared.sums[warp][row][8 * n + lane % 4 * 2] = out[n][2 * i] * factor;
+        shared.sums[warp][row][8 * n + lane % 4 * 2 + 1] = out[n][2 * i + 1] * factor;
+      }
+    }
+  }
+  __syncthreads();
+  for (int row = warp; row < kDecodeRows; row += Config::kWarps) {
+    const Row place(p, kv_head, part, row, first, length);
+    if (!place.exists) {
+      continue;
+    }
+    const float peak = peak_of(row);
+    float total = 0.0f;
+    for (int w = 0; w < Config::kWarps; ++w) {
+      total += shared.totals[w][row] * share(shared.peaks[w][row], peak);
+    }
+    const float factor = total == 0.0f ? 0.0f : 1.0f / total;
+    const int64_t index = (batch * p.query_heads + place.head) * p.query_length + place.token;
+    auto* target = static_cast<scalar_t*>(p.out) + batch * p.out_strides[0] + place.head * p.out_strides[1] +
+                   place.token * p.out_strides[2];
+    for (int column = lane; column < value_dim; column += 32) {
+      float sum = 0.0f;
+      for (int w = 0; w < Config::kWarps; ++w) {
+        sum += shared.sums[w][row][column];
+      }
+      if (p.part_out) {
+        p.part_out[(index * p.splits + split) * p.value_dim + column] = sum * factor;
+      } else {
+        target[column] = static_cast<scalar_t>(sum * factor);
+      }
+    }
+    if (lane == 0) {
+      (p.part_out ? p.part_lse[index * p.splits + split] : p.lse[index]) =
+          total == 0.0f ? -kInfinity : (peak + log2f(total)) * kLn2;
+    }
+  }
+}
+
+// One query row: its parts, weighted by their sums.
+template <typename scalar_t>
+__global__ void __launch_bounds__(kCombineThreads) attention_decode_combine_kernel(const DecodeLaunch p) {
+  const auto index = static_cast<int64_t>(blockIdx.x);
+  const float *lse = p.part_lse + index * p.splits, *parts = p.part_out + index * p.splits * p.value_dim;
+  float peak = -kInfinity, total = 0.0f;
+  for (int64_t split = 0; split < p.splits; ++split) {
+    peak = fmaxf(peak, lse[split]);
+  }
+  for (int64_t split = 0; split < p.splits; ++split) {
+    total += share(lse[split] * kLog2E, peak * kLog2E);
+  }
+  const float factor = total == 0.0f ? 0.0f : 1.0f / total;
+  const int64_t token = index % p.query_length, head = index / p.query_length % p.query_heads,
+                batch = index / (p.query_length * p.query_heads);
+  auto* target =
+      static_cast<scalar_t*>(p.out) + batch * p.out_strides[0] + head * p.out_strides[1] + token * p.out_strides[2];
+  for (int64_t column = threadIdx.x; column < p.value_dim; column += kCombineThreads) {
+    float sum = 0.0f;
+    for (int64_t split = 0; split < p.splits; ++split) {
+      sum += parts[split * p.value_dim + column] * share(lse[split] * kLog2E, peak * kLog2E);
+    }
+    target[column] = static_cast<scalar_t>(sum * factor);
+  }
+  if (threadIdx.x == 0) {
+    p.lse[index] = total == 0.0f ? -kInfinity : peak + log2f(total) * kLn2;
+  }
+}
+
+template <typename scalar_t, typename cache_t, int kWidth>
+void run(const Device& device, const Tensor& query, DecodeLaunch& p) {
+  using Config = DecodeConfig<scalar_t, cache_t, kWidth>;
+  constexpr size_t kSharedBytes = sizeof(DecodeShared<scalar_t, cache_t, kWidth>);
+  static_assert(kSharedBytes <= kMostSharedBytes);
+  const int64_t heads = p.batch * p.kv_heads, rows = p.query_heads / p.kv_heads * p.query_length;
+  p.parts = ceil_div(rows, kDecodeRows);
+  p.splits = decode_splits(heads * p.parts, p.kv_length, Config::kBlockKeys, device.processors());
+  Tensor part_out, part_lse;
+  if (p.splits > 1) {
+    part_out = device.fresh(torch::stable::new_empty(query, {heads * rows, p.splits, p.value_dim}, ScalarType::Float));
+    part_lse = device.fresh(torch::stable::new_empty(query, {heads * rows, p.splits}, ScalarType::Float));
+    p.part_out = part_out.mutable_data_ptr<float>();
+    p.part_lse = part_lse.mutable_data_ptr<float>();
+  }
+  device.launch(attention_decode_kernel<scalar_t, cache_t, kWidth>, heads * p.parts * p.splits, Config::kThreads,
+                kSharedBytes, p);
+  if (p.splits > 1) {
+    device.launch(attention_decode_combine_kernel<scalar_t>, heads * rows, kCombineThreads, 0, p);
+  }
+}
+
+std::tuple<Tensor, Tensor> decode(const Tensor& query, const Tensor& key_cache, const Tensor& value_cache,
+                                  const Tensor& kv_lengths, const Optional& key, const Optional& value,
+                                  const Optional& block_table, const Optional& cos, const Optional& sin,
+                                  bool rotary_interleaved, const Optional& key_scales, const Optional& value_scales,
+                                  double scale, const Optional& kv_starts, int64_t window_left, int64_t window_right,
+                                  double softcap, const Optional& alibi_slopes) {
+  CHECK_CUDA(query);
+  const Device device(query);
+  DecodeLaunch p{};
+  static_cast<AttentionDecodeParams&>(p) = attention_decode_params(
+      {query, key_cache, value_cache, kv_lengths, key, value, block_table, cos, sin, rotary_interleaved, key_scales,
+       value_scales, scale, kv_starts, window_left, window_right, softcap, alibi_slopes});
+  const int64_t width = std::max(p.head_dim, p.value_dim);
+  STD_TORCH_CHECK(width <= 256, "expected the last dimension of query and value_cache to be at most 256, but it is ",
+                  width);
+  STD_TORCH_CHECK(p.kv_length < INT32_MAX, "expected key_cache to have fewer than 2^31 entries, but it has ",
+                  p.kv_length);
+  const Tensor out = device.fresh(
+      empty_beside<4>(query, {p.batch, p.query_heads, p.query_length, p.value_dim}, query.scalar_type(), {0, 2, 1, 3}));
+  const Tensor lse =
+      device.fresh(torch::stable::new_empty(query, {p.batch, p.query_heads, p.query_length}, ScalarType::Float));
+  p.kv_lengths = kv_lengths.const_data_ptr<int64_t>();
+  p.out = out.mutable_data_ptr();
+  p.lse = lse.mutable_data_ptr<float>();
+  copy_strides(out, p.out_strides);
+  p.key_is_wide = has_wide_rows(key_cache);
+  p.value_is_wide = has_wide_rows(value_cache);
+  allow_access(query, false);
+  allow_access(kv_lengths, false);
+  for (const Optional* tensor : {&key, &value, &block_table, &cos, &sin, &kv_starts, &alibi_slopes}) {
+    if (*tensor) {
+      allow_access(**tensor, false);
+    }
+  }
+  allow_access(key_cache, p.appends);
+  allow_access(value_cache, p.appends);
+  for (const Optional* scales : {&key_scales, &value_scales}) {
+    if (*scales) {
+      allow_access(**scales, p.appends);
+    }
+  }
+  if (lse.numel() > 0) {
+    DTYPE_SWITCH(query.scalar_type(), "query", scalar_t, [&] {
+      BOOL_SWITCH(p.cache_dtype == ElementType::int8, kIsQuantized, [&] {
+        using cache_t = std::conditional_t<kIsQuantized, int8_t, scalar_t>;
+        const auto launch = width <= 64    ? run<scalar_t, cache_t, 64>
+                            : width <= 128 ? run<scalar_t, cache_t, 128>
+                                           : run<scalar_t, cache_t, 256>;
+        launch(device, query, p);
+      });
+    });
+  }
+  return {out, lse};
+}
+
+}  // namespace
+}  // namespace gpt4fast
+
+STABLE_TORCH_LIBRARY_IMPL(gpt4fast, GPT4FAST_CUDA_KEY, m) {
+  m.impl("attention_decode", TORCH_BOX(&gpt4fast::decode));
+}

@@ -1,0 +1,171 @@
+#pragma once
+
+// A head of a key-value cache on a GPU, contiguous or in blocks: who sees what of it, reading it, and appending to it.
+
+#include "../attention.h"
+#include "attention_decode_config.h"
+#include "launch.h"
+#include "ptx.cuh"
+
+namespace gpt4fast {
+
+// What a launch takes besides the operator's parameters, of which kv_lengths are the given ones.
+struct DecodeLaunch : AttentionDecodeParams {
+  int64_t parts, splits;            // of a head's query rows and of its keys
+  float* part_out;                  // (B, Hq, Lq, splits, Dv), contiguous, or null where splits is 1
+  float* part_lse;                  // (B, Hq, Lq, splits), likewise
+  bool key_is_wide, value_is_wide;  // rows can be copied 16 bytes at a time
+};
+
+// A query row of a block, and the keys that it sees.
+struct Row {
+  bool exists;
+  int64_t head, token;
+  int position, lower, upper;
+
+  __device__ __forceinline__ Row(const DecodeLaunch& p, int64_t kv_head, int64_t part, int row, int first, int length) {
+    const int64_t index = part * kDecodeRows + row, group = p.query_heads / p.kv_heads;
+    exists = index < group * p.query_length;
+    head = kv_head * group + index / p.query_length;
+    token = index % p.query_length;
+    position = length - static_cast<int>(p.query_length - token);
+    lower = p.window_left < 0 ? first : max(first, position - static_cast<int>(p.window_left));
+    upper = exists ? position + 1 : 0;
+  }
+};
+
+// Where an entry lies in a cache, but for the head.
+struct Entry {
+  int64_t block, within;
+
+  __device__ __forceinline__ int64_t offset(int64_t block_stride, int64_t stride) const {
+    return block * block_stride + within * stride;
+  }
+};
+
+__device__ __forceinline__ Entry find_entry(const DecodeLaunch& p, int64_t batch, int64_t key) {
+  if (!p.block_table) {
+    return {batch, key};
+  }
+  const auto index = static_cast<uint32_t>(key), size = static_cast<uint32_t>(p.block_size);  // 32-bit division
+  return {p.block_table[batch * p.blocks_per_row + index / size], index % size};
+}
+
+// Copies 16 entries of a head, of which lane i has the offset of entry i % 16, or -1 where there is none: then zeros.
+// Columns up to a multiple of 16 are zero, too.
+template <typename cache_t, int kWidth>
+__device__ __forceinline__ void load_tile(cache_t* tile, const cache_t* head, int64_t offset, int64_t stride,
+                                          int columns, bool is_wide) {
+  constexpr int kCount = 16 / sizeof(cache_t), kEach = kWidth / kCount;
+#pragma unroll
+  for (int step = 0; step < kDecodeKeys * kEach / 32; ++step) {
+    const int i = step * 32 + static_cast<int>(threadIdx.x % 32), row = i / kEach, column = i % kEach * kCount;
+    const int64_t from = __shfl_sync(0xFFFFFFFFu, offset, row);
+    if (column >= up_to_16(columns)) {
+      continue;
+    }
+    cache_t* target = tile + row * padded_width<cache_t>(kWidth) + column;
+    if (is_wide) {
+      const bool valid = from >= 0 && column < columns;
+      copy_async<16>(target, valid ? head + from + column : head, valid);
+    } else {
+#pragma unroll 1
+      for (int k = 0; k < kCount; ++k) {
+        target[k] = from >= 0 && column + k < columns ? head[from + (column + k) * stride] : static_cast<cache_t>(0.0f);
+      }
+    }
+  }
+}
+
+// A number of a row, turned by the row's position (RoFormer; Su et al., 2021) where there are tables for it.
+template <typename scalar_t>
+__device__ __forceinline__ float read_turned(const DecodeLaunch& p, const scalar_t* row, int64_t stride, int column,
+                                             int64_t position) {
+  const auto x = static_cast<float>(row[column * stride]);
+  if (!p.cos || column >= p.rotary_dim || position < 0 || position >= p.rotary_positions) {
+    return x;
+  }
+  const int half = static_cast<int>(p.rotary_dim) / 2;
+  const bool is_first = p.rotary_interleaved ? column % 2 == 0 : column < half;
+  const int distance = p.rotary_interleaved ? 1 : half;
+  const int angle = p.rotary_interleaved ? column / 2 : is_first ? column : column - half;
+  const auto other = static_cast<float>(row[(is_first ? column + distance : column - distance) * stride]);
+  const float cos = p.cos[position * half + angle], sin = p.sin[position * half + angle];
+  return x * cos + (is_first ? -other : other) * sin;
+}
+
+__device__ __forceinline__ float largest_of_warp(float value) {
+  for (int distance = 16; distance > 0; distance /= 2) {
+    value = fmaxf(value, __shfl_xor_sync(0xFFFFFFFFu, value, distance));
+  }
+  return value;
+}
+
+// A warp writes one row of the cache; where that is int8, its numbers times the scale that is written stand for it.
+template <typename cache_t, int kWidth, typename Read>
+__device__ __forceinline__ void write_row(cache_t* row, int64_t stride, int64_t columns, float* scale, Read read) {
+  const int lane = threadIdx.x % 32;
+  float numbers[kWidth / 32], largest = 0.0f, zero = 0.0f;  // NaN where a number is infinite or NaN
+#pragma unroll
+  for (int i = 0; i < kWidth / 32; ++i) {
+    const int column = lane + 32 * i;
+    numbers[i] = column < columns ? read(column) : 0.0f;
+    largest = fmaxf(largest, fabsf(numbers[i]));
+    zero += numbers[i] * 0.0f;
+  }
+  float quotient = 1.0f;
+  if constexpr (sizeof(cache_t) == 1) {
+    for (int distance = 16; distance > 0; distance /= 2) {
+      zero += __shfl_xor_sync(0xFFFFFFFFu, zero, distance);
+    }
+    quotient = largest_of_warp(largest) / 127.0f;
+    quotient = quotient == 0.0f ? 1.0f : quotient;
+    if (lane == 0) {
+      *scale = quotient + zero;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kWidth / 32; ++i) {
+    const int column = lane + 32 * i;
+    if (column < columns) {
+      if constexpr (sizeof(cache_t) == 1) {
+        const float rounded = rintf(numbers[i] / quotient);
+        row[column * stride] = rounded == rounded ? static_cast<cache_t>(rounded) : cache_t(0);
+      } else {
+        row[column * stride] = static_cast<cache_t>(numbers[i]);
+      }
+    }
+  }
+}
+
+// Writes the new tokens among the keys [first, last), and those before `first` if they are nobody else's. Every block
+// writes what it reads itself, so that none waits for another: those of other query rows write the same.
+template <typename scalar_t, typename cache_t, int kWidth>
+__device__ __forceinline__ void append(const DecodeLaunch& p, int64_t batch, int64_t head, int64_t first, int64_t last,
+                                       int warps) {
+  const int64_t start = p.kv_lengths[batch];
+  for (int64_t token = threadIdx.x / 32; token < p.query_length; token += warps) {
+    const int64_t position = start + token;
+    if (position < first || position >= last || position < 0 || position >= p.kv_length) {
+      continue;
+    }
+    const Entry entry = find_entry(p, batch, position);
+    const auto write = [&](const void* fresh, const int64_t (&fresh_strides)[4], void* cache,
+                           const int64_t (&strides)[4], float* scales, const int64_t (&scale_strides)[3],
+                           int64_t columns, auto read) {
+      const auto* from = static_cast<const scalar_t*>(fresh) + batch * fresh_strides[0] + head * fresh_strides[1] +
+                         token * fresh_strides[2];
+      auto* to = static_cast<cache_t*>(cache) + entry.offset(strides[0], strides[2]) + head * strides[1];
+      float* scale =
+          scales ? scales + entry.offset(scale_strides[0], scale_strides[2]) + head * scale_strides[1] : nullptr;
+      write_row<cache_t, kWidth>(to, strides[3], columns, scale, [&](int column) { return read(from, column); });
+    };
+    write(p.new_key, p.new_key_strides, p.key_cache, p.key_strides, p.key_scales, p.key_scale_strides, p.head_dim,
+          [&](const scalar_t* row, int column) { return read_turned(p, row, p.new_key_strides[3], column, position); });
+    write(p.new_value, p.new_value_strides, p.value_cache, p.value_strides, p.value_scales, p.value_scale_strides,
+          p.value_dim,
+          [&](const scalar_t* row, int column) { return static_cast<float>(row[column * p.new_value_strides[3]]); });
+  }
+}
+
+}  // namespace gpt4fast

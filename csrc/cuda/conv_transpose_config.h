@@ -1,0 +1,42 @@
+#pragma once
+
+// Tile sizes of conv_transpose.cu: pure functions. Chosen by what fits in registers and shared memory; not yet measured
+// on a GPU.
+
+#include <cstdint>
+
+namespace gpt4fast {
+
+// How the numbers are multiplied: half types by tensor cores, float32 by tensor cores as TF32, or exactly.
+enum class Products { half, tf32, ieee };
+
+// A block computes kPixels x kChannels outputs of one phase, by four warps in two rows and two columns. kStages slices
+// of kDepthBytes of its two operands are in shared memory or on their way there.
+template <int kPixelCount, int kChannelCount>
+struct ConvTransposeTile {
+  static constexpr int kPixels = kPixelCount, kChannels = kChannelCount;
+  static constexpr int kThreads = 128, kStages = 4, kDepthBytes = 64;
+  static constexpr int kRowBytes = kDepthBytes + 16;  // eight rows lie in different banks
+  static constexpr int kWarpPixels = kPixels / 2, kWarpChannels = kChannels / 2;
+};
+
+using LargeTile = ConvTransposeTile<128, 128>;
+using SmallTile = ConvTransposeTile<64, 64>;
+using NarrowTile = ConvTransposeTile<128, 32>;
+
+enum class TileChoice { large, small, narrow };
+
+// For so many pixels of all phases and channels of one of the groups. The large tile reads least, if enough of them are
+// there to fill the multiprocessors; exact products of it do not fit in registers.
+constexpr TileChoice choose_tile(int64_t pixels, int64_t channels, int64_t groups, Products products,
+                                 int64_t processors) {
+  if (channels <= NarrowTile::kChannels) {
+    return TileChoice::narrow;
+  }
+  const int64_t large = (pixels + LargeTile::kPixels - 1) / LargeTile::kPixels *
+                        ((channels + LargeTile::kChannels - 1) / LargeTile::kChannels) * groups;
+  return products != Products::ieee && channels > SmallTile::kChannels && large >= processors ? TileChoice::large
+                                                                                              : TileChoice::small;
+}
+
+}  // namespace gpt4fast

@@ -1,0 +1,86 @@
+"""The CUDA kernel of attention, emulated, against float64: the cases of ../test_attention_forward.py, small."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from ..test_attention_forward import DTYPES, OPTION_NAMES, assert_close, attend, definition, make_inputs, options_named
+
+
+@pytest.fixture(autouse=True)
+def _cuda_ops(cuda_ops, monkeypatch):
+    monkeypatch.setattr(torch.ops, "gpt4fast", cuda_ops)
+
+
+# (B, Hq, Hk, Lq, Lk, D, Dv): tails of queries and keys, grouped heads, copies of 16 bytes and of single numbers.
+SHAPES = [(2, 2, 1, 33, 65, 40, 24), (1, 2, 2, 70, 150, 16, 16), (1, 2, 1, 5, 3, 7, 3)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", [name for name in OPTION_NAMES if "mask" not in name and name != "all"])
+def test_matches_float64(name, dtype):
+    for shape in SHAPES:
+        batch, heads, _, queries, keys, _, _ = shape
+        assert_close(*make_inputs(*shape, dtype), **options_named(name, batch, heads, queries, keys))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_width(dtype):
+    for dim, value_dim in ((64, 64), (128, 72), (256, 200)):
+        assert_close(*make_inputs(1, 1, 1, 70, 90, dim, value_dim, dtype), is_causal=True, query_offset=20)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_packed_sequences(dtype):
+    lengths = (5, 0, 70, 1), (9, 3, 64, 0)
+    starts_q, starts_k = (torch.tensor([0, *torch.tensor(x).cumsum(0)]) for x in lengths)
+    query, key, value = make_inputs(1, 2, 1, 76, 76, 24, 16, dtype)
+    options = {"is_causal": True, "window_left": 30}
+    out, lse = attend(query, key, value, cu_seqlens_q=starts_q, cu_seqlens_k=starts_k, **options)
+    for b in range(4):
+        rows, columns = (slice(starts[b], starts[b + 1]) for starts in (starts_q, starts_k))
+        one = query[:, :, rows], key[:, :, columns], value[:, :, columns]
+        expected, expected_lse = definition(*one, **options)
+        tolerance = 4 * torch.finfo(dtype).eps
+        torch.testing.assert_close(out[:, :, rows].double(), expected, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(lse[:, :, rows].double(), expected_lse, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_strides_and_layouts(dtype):
+    query, key, value = make_inputs(2, 2, 1, 33, 40, 16, 24, dtype)
+    expected = attend(query, key, value)
+
+    def stepped(x):
+        return torch.empty(*(2 * size for size in x.shape), dtype=x.dtype)[:, :, 1::2, ::2][:2, : x.shape[1]].copy_(x)
+
+    def rows_first(x):
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+    for change in (stepped, rows_first, lambda x: x.mT.contiguous().mT):
+        for same in (attend(change(query), change(key), change(value), heads_first=True),):
+            assert all(map(torch.equal, same, expected))
+    assert expected[0].transpose(1, 2).is_contiguous()
+
+
+def test_keys_that_no_query_sees_do_not_matter():
+    query, key, value = make_inputs(1, 1, 1, 20, 90, 16, 16, torch.float16)
+    options = {"kv_lengths": torch.tensor([70]), "kv_starts": torch.tensor([5]), "is_causal": True, "query_offset": 40}
+    expected = attend(query, key, value, **options)
+    for tensor in (key, value):
+        tensor[:, :, :5] = tensor[:, :, 60:] = math.nan
+    assert all(map(torch.equal, attend(query, key, value, **options), expected))
+
+
+def test_sizes_of_zero_and_bad_arguments():
+    query, key, value = make_inputs(1, 2, 1, 3, 0, 8, 8)
+    out, lse = attend(query, key, value)
+    assert out.eq(0).all() and lse.eq(-math.inf).all()
+    assert attend(query[:0], key[:0], value[:0])[0].shape == (0, 2, 3, 8)
+    with pytest.raises(RuntimeError, match="attn_mask"):
+        attend(query, key, value, mask=torch.ones(1, 2, 3, 0, dtype=torch.bool))
+    with pytest.raises(RuntimeError, match="at most 256"):
+        attend(*make_inputs(1, 1, 1, 3, 3, 260, 8))

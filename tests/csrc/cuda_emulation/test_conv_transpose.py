@@ -1,0 +1,127 @@
+"""The CUDA kernel of transposed convolution, emulated, against float64."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ..test_affine_activation import ACTIVATIONS
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CONVOLUTIONS = {3: F.conv_transpose1d, 4: F.conv_transpose2d, 5: F.conv_transpose3d}
+
+# (N, C, *sizes), (Cout / groups, *kernel), stride, padding, output padding, groups, dilation
+SHAPES = {
+    "doubling": ((2, 16, 5, 6), (40, 4, 4), 2, 1, 0, 1, 1),
+    "vocoder": ((1, 24, 17), (12, 16), 8, 4, 0, 1, 1),
+    "video": ((1, 8, 2, 3, 3), (9, 3, 4, 4), 2, 1, 0, 1, 1),
+    "odd channels": ((1, 5, 4, 7), (3, 3, 2), (1, 3), (0, 1), (0, 1), 1, 1),
+    "groups": ((2, 12, 6), (7, 3), 2, 1, 1, 3, 1),
+    "dilated": ((1, 6, 9), (5, 4), 4, 2, 1, 1, 6),
+    "dilated in step": ((1, 6, 9), (5, 3), 3, 1, 0, 1, 2),
+    "stride over kernel": ((1, 8, 5), (4, 2), 3, 0, 1, 1, 1),
+    "many taps": ((1, 3, 40), (2, 25), 1, 12, 0, 1, 1),
+    "padding over kernel": ((1, 8, 9), (4, 2), 1, 4, 0, 1, 1),
+}
+
+
+def convolve(cuda_ops, input, weight, bias, geometry, epilogue=(None, None, "none"), channels_last=False, tf32=False):
+    stride, padding, output_padding, groups, dilation = (
+        x if i == 3 or isinstance(x, tuple) else (x,) * (input.dim() - 2) for i, x in enumerate(geometry)
+    )
+    return cuda_ops.conv_transpose_forward(
+        input, weight, bias, stride, padding, output_padding, groups, dilation, *epilogue, 0.2, channels_last,
+        None, False, tf32,
+    )  # fmt: skip
+
+
+def operands(name, dtype):
+    sizes, (outputs, *kernel), *geometry = SHAPES[name]
+    channels = outputs * geometry[3]
+    return (
+        torch.randn(sizes).to(dtype),
+        torch.randn(sizes[1], outputs, *kernel).to(dtype),
+        torch.randn(channels),
+        geometry,
+    )
+
+
+def check(output, input, weight, bias, geometry, unit=None):
+    """Against float64: twice torch's error, or `unit` of the sum of all terms' magnitudes."""
+    function = CONVOLUTIONS[input.dim()]
+    expected = function(input.double(), weight.double(), bias.double(), *geometry)
+    terms = function(input.double().abs(), weight.double().abs(), bias.double().abs(), *geometry)
+    assert output.dtype == input.dtype and output.shape == expected.shape
+    error = (output.double() - expected).abs()
+    assert (error <= (unit or 2 * torch.finfo(input.dtype).eps) * terms + 1e-30).all()
+    if unit is None:
+        torchs = (function(input, weight, bias.to(input.dtype), *geometry).double() - expected).norm()
+        assert error.norm() <= 2 * torchs + torch.finfo(input.dtype).eps * terms.norm() / 4
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", SHAPES)
+def test_matches_float64(cuda_ops, name, dtype):
+    input, weight, bias, geometry = operands(name, dtype)
+    check(convolve(cuda_ops, input, weight, bias, geometry), input, weight, bias, geometry)
+    if input.dim() > 3:
+        layout = torch.channels_last if input.dim() == 4 else torch.channels_last_3d
+        input = input.contiguous(memory_format=layout)
+        output = convolve(cuda_ops, input, weight, bias, geometry, channels_last=True)
+        assert output.is_contiguous(memory_format=layout)
+        check(output, input, weight, bias, geometry)
+
+
+@pytest.mark.parametrize("name", ["doubling", "odd channels", "groups"])
+def test_tf32(cuda_ops, name):
+    input, weight, bias, geometry = operands(name, torch.float32)
+    check(convolve(cuda_ops, input, weight, bias, geometry, tf32=True), input, weight, bias, geometry, unit=2**-10)
+    input, weight = input.half().float(), weight.half().float()  # of which TF32 loses nothing
+    check(convolve(cuda_ops, input, weight, bias, geometry, tf32=True), input, weight, bias, geometry)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_large_tiles(cuda_ops, dtype):
+    """Of half types and TF32: enough pixels and channels for every multiprocessor."""
+    input, weight, bias = torch.randn(2, 40, 8, 16).to(dtype), torch.randn(40, 66, 2, 2).to(dtype), torch.randn(66)
+    geometry = (2, 0, 0, 1, 1)
+    output = convolve(cuda_ops, input, weight, bias, geometry, tf32=True)
+    check(output, input, weight, bias, geometry, unit=2**-10 if dtype == torch.float32 else None)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_epilogue(cuda_ops, activation, channels_last):
+    input, weight, bias, geometry = operands("doubling", torch.float32)
+    for given in itertools.product((True, False), repeat=2):
+        scale, shift = (torch.randn(40).to(torch.bfloat16) if keep else None for keep in given)
+        output = convolve(cuda_ops, input, weight, bias, geometry, (scale, shift, activation), channels_last)
+        expected = F.conv_transpose2d(input.double(), weight.double(), bias.double(), *geometry)
+        if scale is not None:
+            expected = expected * scale.double().view(-1, 1, 1)
+        if shift is not None:
+            expected = expected + shift.double().view(-1, 1, 1)
+        torch.testing.assert_close(output.double(), ACTIVATIONS[activation](expected), rtol=1e-4, atol=1e-4)
+
+
+def test_any_strides_and_misaligned_starts(cuda_ops):
+    input, weight, bias, geometry = operands("doubling", torch.float16)
+    expected = convolve(cuda_ops, input, weight, bias, geometry)
+    rows = input.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    storage = torch.empty(input.numel() + 1, dtype=input.dtype)
+    misaligned = storage[1:].view(rows.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2).copy_(input)
+    stepped = torch.empty(2, 32, 10, 6, dtype=input.dtype)[:, ::2, ::2].copy_(input)
+    for same in (rows, misaligned, stepped, input.transpose(2, 3).contiguous().transpose(2, 3)):
+        assert torch.equal(convolve(cuda_ops, same, weight.mT.contiguous().mT, bias, geometry), expected)
+
+
+def test_sizes_of_zero_and_bad_arguments(cuda_ops):
+    input, weight, bias, geometry = operands("groups", torch.float32)
+    assert convolve(cuda_ops, input[:0], weight, bias, geometry).shape == (0, 21, 12)
+    for change, name in (({1: weight.half()}, "weight"), ({2: bias[:5]}, "bias"), ({0: input.double()}, "input")):
+        arguments = [change.get(i, value) for i, value in enumerate((input, weight, bias, geometry))]
+        with pytest.raises(RuntimeError, match=rf"\b{name}\b"):
+            convolve(cuda_ops, *arguments)

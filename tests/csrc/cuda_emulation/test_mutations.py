@@ -1,0 +1,189 @@
+"""Faults planted in the CUDA kernels, one at a time: the emulated tests must find each of them.
+
+What a kernel's own tests do not see, they do not test. Each fault is a change of one place: a barrier or a wait less,
+an index one off, another lane, a predicate that is wider.
+"""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+
+from ..test_affine_activation import check as check_affine
+from ..test_affine_activation import parameters
+from ..test_attention_decode import tables
+from ..test_attention_forward import assert_close, make_inputs
+from . import test_conv_transpose as convolution
+from .build import ROOT, build
+from .test_attention_decode import Case
+
+DECODE, CONVOLUTION, AFFINE = "attention_decode.cu", "conv_transpose.cu", "affine_activation.cu"
+ATTENTION = "attention_forward.cu"
+BARRIER, WARP_BARRIER = "__syncthreads();", "__syncwarp();"
+
+# (source of the operator, file, what stands there, what is planted)
+FAULTS = {
+    "decode: tile not waited for": (DECODE, DECODE, "wait_for_copies<kTiles - 2>", "wait_for_copies<kTiles - 1>"),
+    "decode: no barrier before a tile is read": (DECODE, DECODE, WARP_BARRIER + "                // every", "// every"),
+    "decode: no barrier after conversion": (DECODE, DECODE, f"columns);\n      {WARP_BARRIER}", "columns);"),
+    "decode: no barrier after the query": (DECODE, DECODE, f"  {BARRIER}\n\n  const Row rows", "\n  const Row rows"),
+    "decode: no barrier before the sums": (
+        DECODE,
+        DECODE,
+        f"{BARRIER}\n  const auto peak_of",
+        "\n  const auto peak_of",
+    ),
+    "decode: no barrier after the sums": (DECODE, DECODE, f"{BARRIER}\n  for (int row", "\n  for (int row"),
+    "decode: future keys are seen": (DECODE, "attention_decode_cache.cuh", "position + 1 : 0", "position + 2 : 0"),
+    "decode: an entry too many": (DECODE, DECODE, "key < length ? find", "key <= length ? find"),
+    "decode: the wrong slot": (DECODE, DECODE, "tiles[warp][step % kTiles]", "tiles[warp][(step + 1) % kTiles]"),
+    "decode: lane of a weight": (DECODE, "attention_products.cuh", "key % 8 / 2", "key % 4 / 2"),
+    "decode: lane of a matrix": (DECODE, "attention_products.cuh", "values + lane % 16", "values + lane % 8"),
+    "decode: half a warp's largest": (
+        DECODE,
+        "attention_decode_cache.cuh",
+        "distance = 16; distance > 0; distance /= 2) {\n    value",
+        "distance = 8; distance > 0; distance /= 2) {\n    value",
+    ),
+    "decode: place in a block": (DECODE, "attention_decode_cache.cuh", "index % size}", "index % size + 1}"),
+    "decode: last token is left out": (
+        DECODE,
+        "attention_decode_cache.cuh",
+        "token < p.query_length",
+        "token + 1 < p.query_length",
+    ),
+    "attention: tile not waited for": (
+        ATTENTION,
+        ATTENTION,
+        "wait_for_copies<kTiles - 2>",
+        "wait_for_copies<kTiles - 1>",
+    ),
+    "attention: no barrier in the loop": (ATTENTION, ATTENTION, BARRIER + "             // every", "// every"),
+    "attention: no barrier before the result": (
+        ATTENTION,
+        ATTENTION,
+        f"  {BARRIER}\n  scalar_t* rows",
+        "  scalar_t* rows",
+    ),
+    "attention: no barrier after the result": (
+        ATTENTION,
+        ATTENTION,
+        f"  {WARP_BARRIER}\n  auto* result",
+        "  auto* result",
+    ),
+    "attention: a future key is seen": (ATTENTION, ATTENTION, "query + offset + 1);", "query + offset + 2);"),
+    "attention: the next sequence's query": (ATTENTION, ATTENTION, "first + row < end;", "first + row <= end;"),
+    "attention: a row too many": (
+        ATTENTION,
+        ATTENTION,
+        "row < sequence.query_length) {",
+        "row <= sequence.query_length) {",
+    ),
+    "attention: lane of a key": (ATTENTION, "attention_products.cuh", "lane / 8 % 2 * 8", "lane / 16 * 8"),
+    "convolution: slice not waited for": (
+        CONVOLUTION,
+        CONVOLUTION,
+        "wait_for_copies<kStages - 2>",
+        "wait_for_copies<kStages - 1>",
+    ),
+    "convolution: no barrier in the loop": (CONVOLUTION, CONVOLUTION, BARRIER + "              // every", "// every"),
+    "convolution: no barrier before the sums": (
+        CONVOLUTION,
+        CONVOLUTION,
+        f"  {BARRIER}\n#pragma unroll",
+        "#pragma unroll",
+    ),
+    "convolution: no barrier after the sums": (
+        CONVOLUTION,
+        CONVOLUTION,
+        f"{BARRIER}\n  const auto finish",
+        "\n  const auto finish",
+    ),
+    "convolution: a column beside the image": (CONVOLUTION, CONVOLUTION, "w < p.in_size[2]", "w <= p.in_size[2]"),
+    "convolution: taps the other way round": (
+        CONVOLUTION,
+        CONVOLUTION,
+        "- tap_w * p.shift_steps",
+        "+ tap_w * p.shift_steps",
+    ),
+    "convolution: a channel too many": (CONVOLUTION, CONVOLUTION, "output < outputs", "output <= outputs"),
+    "convolution: a pixel too many": (
+        CONVOLUTION,
+        CONVOLUTION,
+        "residue + stride - 1) / stride",
+        "residue + stride) / stride",
+    ),
+    "convolution: lane of a matrix": (
+        CONVOLUTION,
+        "conv_transpose_products.cuh",
+        "lane / 8 % 2 * 16",
+        "lane / 16 * 16",
+    ),
+    "layout: no barrier": (CONVOLUTION, "conv_transpose_layout.cuh", BARRIER, ""),
+    "layout: a channel too many": (
+        CONVOLUTION,
+        "conv_transpose_layout.cuh",
+        "channel < p.channels",
+        "channel <= p.channels",
+    ),
+    "affine: writes past the end": (AFFINE, AFFINE, "begin + k < params.numel) {", "begin + k <= params.numel) {"),
+    "affine: channels go on": (AFFINE, AFFINE, "channel == params.channels ? 0 : channel", "channel"),
+}
+
+
+def decode_battery(ops) -> None:
+    Case(1, 1, 3, 7, 90, 40, 24, torch.float16, page=16, lengths=[70]).check(**tables(90, 40))
+    Case(1, 1, 2, 1, 600, 64, 64, torch.bfloat16, lengths=[599]).check()
+    Case(2, 1, 2, 1, 300, 40, 16, torch.float32, int8=True, lengths=[255, 7]).check()
+
+
+def attention_battery(ops) -> None:
+    assert_close(*make_inputs(2, 2, 1, 33, 65, 40, 24, torch.float16), is_causal=True, query_offset=30)
+    assert_close(*make_inputs(1, 1, 1, 70, 90, 64, 64, torch.bfloat16))
+    assert_close(*make_inputs(1, 2, 1, 5, 9, 7, 3, torch.float32), is_causal=True)
+    assert_close(*make_inputs(1, 1, 1, 40, 9, 16, 16, torch.float16), kv_lengths=torch.tensor([0]))
+
+
+def convolution_battery(ops) -> None:
+    for name, dtype in (("doubling", torch.float16), ("odd channels", torch.float32), ("groups", torch.bfloat16)):
+        input, weight, bias, geometry = convolution.operands(name, dtype)
+        convolution.check(convolution.convolve(ops, input, weight, bias, geometry), input, weight, bias, geometry)
+
+
+def affine_battery(ops) -> None:
+    for shape in ((2, 3, 17), (3, 65, 3)):
+        check_affine(torch.randn(shape), *parameters(shape[1]), "relu")
+
+
+BATTERIES = {
+    DECODE: decode_battery,
+    ATTENTION: attention_battery,
+    CONVOLUTION: convolution_battery,
+    AFFINE: affine_battery,
+}
+
+
+@pytest.mark.parametrize("source", BATTERIES)
+def test_without_a_fault(source, monkeypatch, cuda_ops):
+    monkeypatch.setattr(torch.ops, "gpt4fast", cuda_ops)
+    BATTERIES[source](cuda_ops)
+
+
+@pytest.mark.parametrize("index", range(len(FAULTS)), ids=list(FAULTS))
+def test_planted_fault_is_found(index, tmp_path, monkeypatch):
+    source, name, text, planted = list(FAULTS.values())[index]
+    csrc = tmp_path / "csrc"
+    ignored = shutil.ignore_patterns("cpu")
+    shutil.copytree(ROOT / "csrc", csrc, ignore=ignored)
+    path = csrc / "cuda" / name
+    before = path.read_text()
+    assert before.count(text) == 1, f"{text!r} is {before.count(text)} times in {name}"
+    path.write_text(before.replace(text, planted))
+    library = build([csrc / "cuda" / source], f"gpt4fast_fault_{index}", csrc)
+    torch.ops.load_library(str(library))
+    ops = getattr(torch.ops, f"gpt4fast_fault_{index}")
+    monkeypatch.setattr(torch.ops, "gpt4fast", ops)
+    with pytest.raises((RuntimeError, AssertionError)):
+        BATTERIES[source](ops)
