@@ -408,7 +408,9 @@ def test_unseen_keys_and_values_do_not_matter(name, queries, bad, dtype):
     dirty = [torch.where(seen, x, bad) for x in (key, value)]
     expected = gradients(query, *clean, grad_out, **options)
     for ours, theirs in zip(gradients(query, *dirty, grad_out, **options), expected, strict=True):
-        torch.testing.assert_close(ours, theirs)
+        # Probabilities that are rounded to bfloat16 may fall to the other side: a rounding of the largest addends.
+        rounding = torch.finfo(dtype).eps * theirs.abs().max().item()
+        torch.testing.assert_close(ours, theirs, atol=max(rounding, 1e-5), rtol=2 * torch.finfo(dtype).eps)
     for grad in gradients(query, *dirty, grad_out, **options)[1:3]:
         assert grad.masked_select(~seen).eq(0).all()
 

@@ -56,7 +56,8 @@ def check(output, input, weight, bias, geometry, unit=None):
     terms = function(input.double().abs(), weight.double().abs(), bias.double().abs(), *geometry)
     assert output.dtype == input.dtype and output.shape == expected.shape
     error = (output.double() - expected).abs()
-    assert (error <= (unit or 2 * torch.finfo(input.dtype).eps) * terms + 1e-30).all()
+    roundings = 8 if input.dtype == torch.float32 else 2  # float32 rounds each of some 64 sums, half types once
+    assert (error <= (unit or roundings * torch.finfo(input.dtype).eps) * terms + 1e-30).all()
     if unit is None:
         torchs = (function(input, weight, bias.to(input.dtype), *geometry).double() - expected).norm()
         assert error.norm() <= 2 * torchs + torch.finfo(input.dtype).eps * terms.norm() / 4
