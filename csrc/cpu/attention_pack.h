@@ -28,8 +28,8 @@ inline void pack_left(Rows<scalar_t> source, int64_t count, T* target) {
 }
 
 // Right operand of a product over the rows' numbers (query @ key^T): (padded_depth / kDepth, rows, kDepth), kDepth
-// numbers of all rows at the distance target_step. Rows past count are zeros in whole vectors and then not written. What
-// moves is kDepth numbers at once, in 32 bits.
+// numbers of all rows at the distance target_step. Rows past count are zeros in whole vectors and then not written.
+// What moves is kDepth numbers at once, in 32 bits.
 template <typename T, typename scalar_t>
 inline void pack_transposed(Rows<scalar_t> source, int64_t count, T* target,
                             int64_t target_step = kKeyBlock * kDepth<T>) {
