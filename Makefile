@@ -3,6 +3,8 @@
 PYTHON ?= python3
 # Installed only where .venv has no torch yet: TORCH="torch" takes the newest.
 TORCH ?= torch==2.13.0
+# For `make gpu` and `make wheel`: an environment with a torch for GPUs, which .venv does not have.
+GPU_PYTHON ?= python3
 # auto, on, off: see setup.py
 GPT4FAST_BUILD ?= auto
 GPT4FAST_CUDA ?= auto
@@ -14,7 +16,7 @@ STAMP := .venv/.installed-$(GPT4FAST_BUILD)-$(GPT4FAST_CUDA)
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test bench lint format gpu sanitize clean
+.PHONY: help install demo test bench lint format gpu wheel sanitize clean
 
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -56,17 +58,15 @@ $(BIN)/ruff: $(BIN)/python
 	$(BIN)/pip install -q ruff clang-format
 	@touch $@
 
-gpu:  ## everything that needs an NVIDIA GPU: build, tests, compute-sanitizer, speed tables and JSON in bench-output
+gpu:  ## everything that needs an NVIDIA GPU, in $(GPU_PYTHON) with the torch it has and no network: tests, speed
 	@nvidia-smi -L >/dev/null 2>&1 || { echo "make gpu: nvidia-smi finds no NVIDIA GPU here; nothing was run"; exit 1; }
-	@$(MAKE) install GPT4FAST_BUILD=on GPT4FAST_CUDA=on
-	@$(BIN)/python -c "import torch; torch.cuda.is_available() or exit('make gpu: torch ' + torch.__version__ + ' sees no GPU; nothing was run')"
-	$(BIN)/python -m pytest -q -m gpu
-	$(BIN)/python -m pytest -q tests/backends
-	@if command -v compute-sanitizer >/dev/null; then \
-	  compute-sanitizer --error-exitcode 1 $(BIN)/python -m pytest -q -m gpu tests/csrc; \
-	else echo "compute-sanitizer is not installed: not run"; fi
-	$(BIN)/python tools/time_affine_activation.py --output bench-output/gpu/affine_activation.json
-	$(BIN)/python -c "import pathlib, gpt4fast.bench; gpt4fast.bench.gpu_table(pathlib.Path('bench-output/gpu'))"
+	@$(GPU_PYTHON) -c "import torch; torch.cuda.is_available() or exit('make gpu: torch ' + torch.__version__ + ' sees no GPU; nothing was run')"
+	GPT4FAST_BUILD=on GPT4FAST_CUDA=on $(GPU_PYTHON) -m pip install -q --no-index --no-deps --no-build-isolation \
+	  --upgrade --target build/gpu $(if $(CARRY),dist/*.whl,.)
+	PYTHONPATH=build/gpu $(GPU_PYTHON) tools/gpu.py --output bench-output/gpu
+
+wheel:  ## a wheel in dist, with CUDA kernels where nvcc is: `make gpu CARRY=1` installs it elsewhere without compiling
+	$(GPU_PYTHON) -m pip wheel -q --no-deps --wheel-dir dist .
 
 sanitize: install  ## the operators' tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	GPT4FAST_BUILD=on GPT4FAST_CUDA=off GPT4FAST_SANITIZE=on \

@@ -6,10 +6,12 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import gpt4fast
 
@@ -78,7 +80,9 @@ def _attention(
     def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, is_causal=cell.is_causal, enable_gqa=cell.heads != cell.kv_heads)
 
-    candidates = [Candidate(BASELINE, with_backward(sdpa))]
+    candidates = []
+    for kernel in _torch_kernels(device):
+        candidates.append(Candidate(BASELINE, with_backward(partial(_by_kernel, kernel, sdpa)), kernel))
     if cell.mode == "decode":
         candidates.append(Candidate("torch matmul", with_backward(_folded)))
     if compile:
@@ -99,6 +103,24 @@ def _attention(
             ran = _what_runs("attention", impl, query, key, value, is_causal=cell.causal)
         candidates.append(Candidate(name, with_backward(attend), implementation=ran))
     return candidates, cell.reference(inputs)
+
+
+def _torch_kernels(device: str) -> tuple[str, ...]:
+    """Torch's kernels of attention, to compete on a GPU. On a CPU there is only its own choice."""
+    return ("",) if device == "cpu" else ("flash", "cuDNN", "efficient")
+
+
+def _by_kernel(kernel: str, sdpa: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """Attention by one of torch's kernels; an error where it can't."""
+    if not kernel:
+        return sdpa(*inputs)
+    backends = {
+        "flash": SDPBackend.FLASH_ATTENTION,
+        "cuDNN": SDPBackend.CUDNN_ATTENTION,
+        "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    }
+    with sdpa_kernel(backends[kernel]):
+        return sdpa(*inputs)
 
 
 def _folded(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -29,22 +29,24 @@ def fastest(kernel: str, shape_class: tuple, tile: Tile, launch: Callable[[Tile]
 
     Args:
         kernel, shape_class: what the answer is kept under; equal calls must have equal ones.
-        tile: what a heuristic chose. It is returned unmeasured for tensors that are on no GPU, while a CUDA graph is
-            captured, and under ``torch.use_deterministic_algorithms``, since another tile rounds otherwise.
+        tile: what a heuristic chose. It is returned unmeasured for tensors that are on no GPU, under
+            ``torch.use_deterministic_algorithms``, since another tile rounds otherwise, and while a CUDA graph is
+            captured, unless the answer is known by then.
         launch: runs the kernel with a tile, any number of times.
         tensor: an operand, for the GPU that it is on.
     """
     if not tensor.is_cuda or torch.are_deterministic_algorithms_enabled():
         return tile
-    if torch.cuda.is_current_stream_capturing():
-        return tile
-    return _fastest(kind_of(tensor.device), f"{kernel} {shape_class}", tile, launch)
+    captured = torch.cuda.is_current_stream_capturing()
+    return _fastest(kind_of(tensor.device), f"{kernel} {shape_class}", tile, launch, captured)
 
 
-def _fastest(kind: str, name: str, tile: Tile, launch: Callable[[Tile], None]) -> Tile:
+def _fastest(kind: str, name: str, tile: Tile, launch: Callable[[Tile], None], captured: bool = False) -> Tile:
     if kind not in _known:
         _known[kind] = read().get(kind, {})
     if name not in _known[kind]:
+        if captured:
+            return tile
         _known[kind][name] = measured(tile, launch)
         write(kind, _known[kind])
     # Only what this tile has, and the heuristic's where a file of an older version has nothing.

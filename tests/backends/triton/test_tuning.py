@@ -118,3 +118,11 @@ def test_processes_add_to_one_file(launches):
 def test_no_gpu_no_measurement(launches):
     assert tuning.fastest("kernel", (), TILE, launches.append, torch.ones(1)) is TILE
     assert launches == []
+
+
+def test_while_a_graph_is_captured_what_is_known_counts(launches):
+    assert tuning._fastest("gpu", "kernel", TILE, launches.append, captured=True) == TILE and not launches
+    known = tuning._fastest("gpu", "kernel", TILE, launches.append)
+    count = len(launches)
+    assert tuning._fastest("gpu", "kernel", TILE, launches.append, captured=True) == known != TILE
+    assert len(launches) == count

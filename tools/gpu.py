@@ -1,0 +1,93 @@
+"""Everything that needs an NVIDIA GPU, in some eight minutes: tests, compute-sanitizer, speed. Called by `make gpu`.
+
+First, side by side, the tests marked `gpu`, Triton's tests on the GPU, compute-sanitizer on the CUDA kernels, and
+processes that compile what the speed table needs; then the table, alone. Logs and JSON go to --output; a short table
+comes last. The exit code is 1 where a test failed or a check found something.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PYTHON = sys.executable
+WARMING = 4  # processes
+PYTEST = [PYTHON, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider"]  # -P: what is installed, not the source tree
+TRITON = ["tests/backends/triton", "--ignore", "tests/backends/triton/test_machine_code.py"]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, required=True, help="folder for logs and JSON")
+    parser.add_argument("--check-seconds", type=float, default=240.0, help="the tests are stopped after so many")
+    parser.add_argument("--table-seconds", type=float, default=150.0, help="no cell is begun after so many")
+    parser.add_argument("--only", choices=("checks", "table"), help="leave the other out")
+    parser.add_argument("--compile", action="store_true", help="torch.compile in the table")
+    options = parser.parse_args()
+    output = options.output.resolve()
+    output.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("GPT4FAST_CACHE_DIR", str(output / "tuning"))
+    commands = {} if options.only == "table" else checks()
+    if options.only != "checks":
+        commands |= warming(output, options)
+    codes = side_by_side(commands, output, options.check_seconds)
+    if options.only != "checks":
+        run = [PYTHON, "-P", "-m", "gpt4fast.benchmarks.gpu", "--output", str(output)]
+        run += ["--seconds", str(options.table_seconds), *(["--compile"] if options.compile else [])]
+        codes["table"] = subprocess.run(run, cwd=ROOT).returncode
+    for name, code in codes.items():
+        log = output / f"{name}.log"
+        lines = log.read_text(errors="replace").strip().splitlines() if log.is_file() else []
+        print(f"{name}: exit {code}. {lines[-1] if lines else ''}")
+    return int(any(code != 0 for code in codes.values()))
+
+
+def checks() -> dict[str, list[str]]:
+    workers = max(1, (len(os.sched_getaffinity(0)) - 2) // 2)
+    commands = {
+        "tests": [*PYTEST, "-m", "gpu", "-n", str(workers), "tests/gpu", "tests/csrc"],
+        "triton": [*PYTEST, "-n", str(workers), *TRITON],
+    }
+    sanitizer = shutil.which("compute-sanitizer")
+    battery = [*PYTEST, "-m", "gpu", "tests/csrc/cuda_emulation"]
+    if sanitizer:
+        for tool in ("memcheck", "racecheck"):
+            ours = ["--kernel-regex", "kns=gpt4fast", "--error-exitcode", "9"]
+            commands[tool] = [sanitizer, "--tool", tool, *ours, *battery]
+    return commands
+
+
+def warming(output: Path, options) -> dict[str, list[str]]:
+    command = [PYTHON, "-P", "-m", "gpt4fast.benchmarks.gpu", "--output", str(output), "--seconds", "60"]
+    command += ["--compile"] if options.compile else []
+    return {f"warm{i}": [*command, "--warm", str(i), str(WARMING)] for i in range(WARMING)}
+
+
+def side_by_side(commands: dict[str, list[str]], output: Path, seconds: float) -> dict[str, int | str]:
+    """Exit codes; "stopped" for what took longer. A process's output goes to its log."""
+    deadline, running = time.monotonic() + seconds, {}
+    for name, command in commands.items():
+        environment = os.environ | ({"GPT4FAST_CACHE_DIR": str(output / name)} if name.startswith("warm") else {})
+        with open(output / f"{name}.log", "w") as log:
+            running[name] = subprocess.Popen(
+                command, stdout=log, stderr=log, cwd=ROOT, env=environment, start_new_session=True
+            )
+    codes: dict[str, int | str] = {}
+    for name, process in running.items():
+        try:
+            codes[name] = process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # with its workers
+            codes[name] = "stopped"
+    return codes
+
+
+if __name__ == "__main__":
+    sys.exit(main())
