@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import random
+import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -39,8 +41,16 @@ def pytest_report_header() -> list[str]:
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _seed() -> Iterator[None]:
     torch.manual_seed(SEED)
+    yield
+    if torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:  # no kernel runs in this process any more: let pytest-xdist blame this test
+            sys.stderr.write(f"{error}\n")
+            sys.stderr.flush()
+            os._exit(70)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
