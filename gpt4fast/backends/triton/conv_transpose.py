@@ -6,7 +6,7 @@ Never run on a GPU so far: the kernels are tested by Triton's interpreter, and c
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from ..autograd import needs_grad
 from ..reference.conv_transpose import epilogue, memory_format, output_sizes
 from .availability import triton_refusal
 from .batch_norm import merged_statistics
-from .conv_transpose_launch import convolve, weight_gradient
+from .conv_transpose_launch import channels_in_rows, convolve, is_depthwise, lift, weight_gradient
 
 
 def refusal(call: dict) -> str | None:
@@ -83,6 +83,31 @@ def conv_transpose_with_statistics(
     return _ConvTranspose.apply(input, weight, bias, stride, padding, output_padding, groups, dilation, eps)
 
 
+def bind(call: dict) -> Callable[..., Tensor]:
+    """``conv_transpose`` for other tensors like a call's that wants no gradient and is not empty: a function of (input,
+    weight, bias, scale, shift), of which an unbatched input gives an unbatched output."""
+    input, weight, groups = call["input"], call["weight"], call["groups"]
+    geometry = [call[name] for name in ("stride", "padding", "output_padding", "groups", "dilation")]
+    stride, padding, _, _, dilation = geometry
+    output = _empty_output(input, weight, *geometry)
+    again = convolve(
+        input, weight, output, groups, False, *_axes(input, weight, stride, padding, dilation),
+        *(call[name] for name in ("bias", "scale", "shift", "activation", "negative_slope")),
+    ).again  # fmt: skip
+    dims, shape, layout = input.dim(), output.shape, memory_format(input, weight)
+    settings = {"dtype": input.dtype, "device": input.device, "memory_format": layout}
+    in_rows = (lambda tensor: tensor) if is_depthwise(weight, groups) else lambda tensor: channels_in_rows(lift(tensor))
+
+    def run(input: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+        images = input if input.dim() == dims else input.unsqueeze(0)
+        output = torch.empty(shape, **settings)
+        with torch.cuda.device_of(images):
+            again(in_rows(images), in_rows(weight), output, bias, scale, shift, None)
+        return output if images is input else output.squeeze(0)
+
+    return run
+
+
 class _ConvTranspose(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, weight, bias, stride, padding, output_padding, groups, dilation, eps):
@@ -131,8 +156,9 @@ def _forward(
     negative_slope: float,
 ) -> Tensor:
     output = _empty_output(input, weight, stride, padding, output_padding, groups, dilation)
-    axes = _axes(input, weight, stride, padding, dilation)
-    convolve(input, weight, output, groups, False, *axes, bias, scale, shift, activation, negative_slope)
+    if output.numel():
+        axes = _axes(input, weight, stride, padding, dilation)
+        convolve(input, weight, output, groups, False, *axes, bias, scale, shift, activation, negative_slope)
     return output
 
 
@@ -150,7 +176,7 @@ def _forward_with_statistics(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     output = _empty_output(input, weight, stride, padding, output_padding, groups, dilation)
     axes = _axes(input, weight, stride, padding, dilation)
-    parts = convolve(input, weight, output, groups, False, *axes, bias, statistics=True)
+    parts = convolve(input, weight, output, groups, False, *axes, bias, statistics=True).parts
     return output, *merged_statistics(parts, eps)
 
 
@@ -165,8 +191,9 @@ def _input_gradient(
     dilation: Sequence[int],
 ) -> Tensor:
     output = torch.empty_like(input, memory_format=memory_format(input, weight))
-    axes = [1] * len(stride), stride, [-p for p in padding], [-d for d in dilation]
-    convolve(grad, weight, output, groups, True, *axes)
+    if output.numel():
+        axes = [1] * len(stride), stride, [-p for p in padding], [-d for d in dilation]
+        convolve(grad, weight, output, groups, True, *axes)
     return output
 
 

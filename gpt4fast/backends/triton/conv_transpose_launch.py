@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import conv_transpose_config as config
 from . import tuning
+from .replay import replayable
 from .device import capability_of, processors_of
+
+
+class Convolved(NamedTuple):
+    """Statistics of each channel of the output, (3, channels, parts), as ``batch_norm_kernels`` has them, where they
+    were asked for; and what launches the same kernel again for other tensors like these: source, weight, output, bias,
+    scale, shift, parts."""
+
+    parts: Tensor | None
+    again: Callable[..., None]
 
 
 def convolve(
@@ -29,19 +40,13 @@ def convolve(
     activation: str | None = None,
     negative_slope: float = 0.0,
     statistics: bool = False,
-) -> Tensor | None:
-    """Write (N, channels, *out) to ``output``: the transposed convolution of ``source``, or the adjoint.
-
-    Returns:
-        With ``statistics`` those of each channel of the output, (3, channels, parts), as ``batch_norm_kernels`` has
-        them.
-    """
+) -> Convolved:
+    """Write (N, channels, *out) to ``output``, which is not empty: the transposed convolution of ``source``, or the
+    adjoint."""
     from . import conv_transpose_kernels as kernels
 
-    if output.numel() == 0:
-        return None
-    depthwise = _is_depthwise(weight, groups)
-    source, weight, output = _lift(source), _lift(weight), _lift(output)
+    depthwise = is_depthwise(weight, groups)
+    source, weight, output = lift(source), lift(weight), lift(output)
     channels = source.shape[1] // groups
     outputs = output.shape[1] // groups
     if depthwise:
@@ -49,7 +54,7 @@ def convolve(
         weight_strides = 0, 0, weight.stride(0)
     else:
         # A tile is fetched along channels: only there can Triton see that elements are neighbours.
-        source, weight = _channels_last(source), _channels_last(weight)
+        source, weight = channels_in_rows(source), channels_in_rows(weight)
         along = weight.stride()[:2]
         weight_strides = (weight.shape[0] // groups * along[0], *(reversed(along) if adjoint else along))
     kernel = weight.shape[2:]
@@ -71,17 +76,19 @@ def convolve(
             processors_of(source),
         )  # fmt: skip
 
-    def launch(tile: dict[str, int]) -> Tensor | None:
+    def launch(tile: dict[str, int]) -> Convolved:
         grid = config.ceil_div(pixels, tile["BLOCK_M"]) * phases, config.ceil_div(outputs, tile["BLOCK_N"]), groups
         parts = output.new_empty(3, output.shape[1], grid[0], dtype=torch.float32) if statistics else None
-        kernels.convolution_kernel[grid](
-            source, weight, output, bias, scale, shift, parts, source.shape[0], channels, outputs,
-            tuple(source.shape[2:]), tuple(output.shape[2:]), places, source.stride(),
-            (*weight_strides, *weight.stride()[2:]), output.stride(), float(negative_slope), KERNEL=tuple(kernel),
-            UP=up, DOWN=down, PADDING=padding, DILATION=dilation, STEP=steps, INVERSE=inverses, ACTIVATION=activation,
-            DEPTHWISE=depthwise, CHANNELS_LAST=channels_last, PRECISION=precision, **tile,
+        numbers = (
+            source.shape[0], channels, outputs, tuple(source.shape[2:]), tuple(output.shape[2:]), places,
+            source.stride(), (*weight_strides, *weight.stride()[2:]), output.stride(), float(negative_slope),
+            tuple(kernel), up, down, padding, dilation, steps, inverses, activation, depthwise, channels_last,
+            precision, tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_K"],
         )  # fmt: skip
-        return parts
+        again = replayable(
+            kernels.convolution_kernel, grid, (source, weight, output, bias, scale, shift, parts), numbers, tile
+        )
+        return Convolved(parts, again)
 
     sizes = pixels.bit_length(), outputs.bit_length(), channels.bit_length(), groups.bit_length()
     features = tuple(kernel), up, down, dilation, depthwise, channels_last, statistics, precision, str(source.dtype)
@@ -103,9 +110,9 @@ def weight_gradient(
 
     if input.numel() == 0:
         return torch.zeros_like(weight)
-    depthwise = _is_depthwise(weight, groups)
+    depthwise = is_depthwise(weight, groups)
     channels, outputs, groups = (1, groups, 1) if depthwise else (weight.shape[0] // groups, weight.shape[1], groups)
-    input, grad = (_lift(t) if depthwise else _channels_last(_lift(t)) for t in (input, grad))
+    input, grad = (lift(t) if depthwise else channels_in_rows(lift(t)) for t in (input, grad))
     kernel, taps = tuple(weight.shape[2:]), weight.shape[2:].numel()
     pixels = input.shape[0] * input.shape[2:].numel()
     channels_last = input.stride(1) == 1
@@ -138,7 +145,7 @@ def weight_gradient(
     return torch.empty_like(weight).copy_(total.movedim(-1, 1))
 
 
-def _is_depthwise(weight: Tensor, groups: int) -> bool:
+def is_depthwise(weight: Tensor, groups: int) -> bool:
     return weight.shape[0] == groups and weight.shape[1] == 1
 
 
@@ -146,12 +153,13 @@ def _threefold(values: Sequence[int], fill: int) -> tuple[int, ...]:
     return (*(fill,) * (3 - len(values)), *values)
 
 
-def _lift(tensor: Tensor) -> Tensor:
+def lift(tensor: Tensor) -> Tensor:
     """(N, C, *spatial) with leading spatial dimensions of size 1 up to three."""
     return tensor.view(*tensor.shape[:2], *_threefold(tensor.shape[2:], 1))
 
 
-def _channels_last(tensor: Tensor) -> Tensor:
+def channels_in_rows(tensor: Tensor) -> Tensor:
+    """(N, C, D, H, W) with its channels side by side, as the kernels fetch them."""
     if tensor.stride(1) == 1 or tensor.shape[1] == 1:
         return tensor
     return tensor.contiguous(memory_format=torch.channels_last_3d)
