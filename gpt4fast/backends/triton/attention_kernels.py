@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .arithmetic import LOG2E, tanh
+from .arithmetic import LOG2E
 from .attention_tiles import (
     batch_row,
     dot,
@@ -29,6 +29,7 @@ from .attention_tiles import (
     of_head,
     place,
     rows_of,
+    score,
     seeing_queries,
     seen_keys,
     sequence,
@@ -92,9 +93,7 @@ def forward_kernel(
                 KeyDescriptor, key_matrix, key_strides[2], key_strides[3], batch, head // group, key_begin, start_n,
                 low, high, KeyStarts, D, BLOCK_N, BLOCK_D, CHECKED,
             )  # fmt: skip
-            scores = dot(query, key.T, PRECISION) * scale
-            if softcap is not None:
-                scores = softcap * tanh(scores / softcap)
+            scores = score(dot(query, key.T, PRECISION), scale, softcap)
             visible = is_within(start_n + column[None, :], lower[:, None], upper[:, None])
             scores, visible = mask_scores(
                 scores, row[:, None], column[None, :], start_m, start_n, visible, position, query_length, mask_matrix,
@@ -217,10 +216,9 @@ def backward_query_kernel(
             value = load(
                 value_matrix, value_strides[2], value_strides[3], start_n, low, high, DV, BLOCK_N, BLOCK_DV, CHECKED
             )
-            scores = dot(query, key.T, PRECISION) * scale
+            scores = score(dot(query, key.T, PRECISION), scale, softcap)
             if softcap is not None:
-                capped = tanh(scores / softcap)
-                scores = softcap * capped
+                capped = scores / (softcap * LOG2E)
             visible = is_within(start_n + column[None, :], lower[:, None], upper[:, None])
             scores, visible = mask_scores(
                 scores, row[:, None], column[None, :], start_m, start_n, visible, position, query_length, mask_matrix,
@@ -306,10 +304,9 @@ def backward_key_value_kernel(
             lse = load_lse(sums, start_m, query_length, BLOCK_M)
             deltas = rows_of(Delta, QueryStarts, batch, head, heads, rows, query_begin)
             delta = load_rows(deltas, start_m, query_length, 0.0, BLOCK_M)
-            scores = dot(key, query.T, PRECISION) * scale
+            scores = score(dot(key, query.T, PRECISION), scale, softcap)
             if softcap is not None:
-                capped = tanh(scores / softcap)
-                scores = softcap * capped
+                capped = scores / (softcap * LOG2E)
             visible = is_within(start_m + row[None, :], lower[:, None], upper[:, None])
             scores, visible = mask_scores(
                 scores, row[None, :], column[:, None], start_m, start_n, visible, position, query_length,

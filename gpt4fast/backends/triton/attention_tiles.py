@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .arithmetic import LOG2E, WIDEN
+from .arithmetic import LOG2E, WIDEN, tanh
 
 LOWEST = tl.constexpr(-3.4e38)  # nearly the lowest float32
 
@@ -200,6 +200,15 @@ def tile_number(i, begin, full, full_end, CHECKED: tl.constexpr):
 
 
 @triton.jit
+def score(products, scale, softcap):
+    """In units of log 2: one multiplication for each, where nothing caps them."""
+    if softcap is None:
+        return products * (scale * LOG2E)
+    else:
+        return softcap * LOG2E * tanh(products * scale / softcap)
+
+
+@triton.jit
 def is_within(index, lower, upper):
     return (index >= lower) & (index < upper)
 
@@ -209,12 +218,11 @@ def mask_scores(
     scores, row, column, start_m, start_n, visible, position, query_length, Mask, mask_strides, slope,
     CHECKED: tl.constexpr,
 ):  # fmt: skip
-    """Scores with mask and ALiBi, in units of log 2 and -inf where invisible; and which are visible.
+    """Scores, in units of log 2, with mask and ALiBi and -inf where invisible; and which are visible.
 
     row (M, 1) and column (1, N), or the two transposed, count from the tile's start. ``visible`` on entry is what the
     place says, and of no meaning where that is not checked.
     """
-    scores *= LOG2E
     if slope is not None:
         # In float32, exact up to 2^24; beyond, the error is relative to the distance.
         distance = tl.abs((position + start_m - start_n).to(tl.float32) + row.to(tl.float32) - column.to(tl.float32))
