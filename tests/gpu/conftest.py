@@ -41,10 +41,12 @@ def _heuristic_tiles(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def _exact_float32():
-    before = torch.backends.cudnn.conv.fp32_precision
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    """Products of float32 are exact at first; a test that says otherwise says it for itself alone."""
+    convolutions, products = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = convolutions.fp32_precision, products.allow_tf32
+    convolutions.fp32_precision, products.allow_tf32 = "ieee", False
     yield
-    torch.backends.cudnn.conv.fp32_precision = before
+    convolutions.fp32_precision, products.allow_tf32 = before
 
 
 @pytest.fixture

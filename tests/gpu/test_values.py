@@ -41,11 +41,11 @@ def test_attention(name, dim, dtype, impl):
 
 
 @pytest.mark.parametrize("name", ["causal", "window"])
-def test_attention_in_tf32(name, impl, monkeypatch):
+def test_attention_in_tf32(name, impl):
     shape, options = ATTENTIONS[name]
     tensors = heads(*shape, 128, torch.float32)
     exact = attend([t.double() for t in tensors], options, "reference")
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+    torch.backends.cuda.matmul.allow_tf32 = True  # until the test ends: a fixture
     assert error(attend(tensors, options, impl), exact) <= TF32
 
 
@@ -157,15 +157,15 @@ def test_conv_transpose(name, dtype, channels_last, finishes, impl):
         "reference",
     )
     ours, theirs = convolve(tensors, options, impl), convolve(tensors, options, "torch")
-    assert ours.stride() == theirs.stride()
     assert_as_exact(ours, theirs, exact)
+    assert ours.stride() == theirs.stride()
 
 
 @pytest.mark.parametrize("name", ["DCGAN", "HiFi-GAN"])
 def test_conv_transpose_in_tf32(name, impl):
     tensors, options = layer(name, torch.float32, channels_last=False)
     exact = convolve([t.double() for t in tensors], options, "reference")
-    torch.backends.cudnn.conv.fp32_precision = "tf32"  # and back after the test, by a fixture
+    torch.backends.cudnn.conv.fp32_precision = "tf32"  # until the test ends: a fixture
     assert error(convolve(tensors, options, impl), exact) <= TF32
 
 
