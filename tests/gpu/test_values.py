@@ -98,7 +98,7 @@ def test_decoding(name, rotates, dtype, impl):
         decode(call, "torch", dtype, **options),
         decode(call, "reference", torch.float64, **options),
     )
-    assert_as_exact(ours, theirs, exact, roundings=2 if dtype != torch.float32 else 8)
+    assert_as_exact(ours, theirs, exact)
     for kind, cache in caches.items():
         if cache.dtype == torch.int8:  # a rotation rounded otherwise may end in the next integer
             assert (cache.int() - expected[kind].int()).abs().max() <= 1
