@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,7 @@ from .checks import (
     describe,
     without_autocast,
 )
+from .repeated import RepeatedCalls, key_of
 
 
 def attention_decode(
@@ -75,15 +78,53 @@ def attention_decode(
 
     The native kernel gives no gradients and reads no float8: there torch or the reference computes.
     """
-    call = prepare(
-        query, key_cache, value_cache, kv_lengths, key, value, block_table, rotary, rotary_interleaved, key_scales,
-        value_scales, scale, kv_starts, window, softcap, alibi_slopes, return_lse,
+    tensors = (
+        query, key_cache, value_cache, kv_lengths, key, value, block_table, key_scales, value_scales, kv_starts,
+        alibi_slopes,
     )  # fmt: skip
-    out, lse = without_autocast(lambda: dispatch.run(dispatch.ATTENTION_DECODE, impl, call), query)
-    cast = autocast_dtype(query)
-    if cast is not None:
-        out = out.to(cast)
+    tables = rotary if type(rotary) is tuple and len(rotary) == 2 else (rotary, rotary)
+    repeated = key_of((*tensors, *tables), (rotary_interleaved, scale, window, softcap, return_lse), impl)
+    bound = _REPEATED.get(repeated)
+    if bound is None:
+        call = prepare(
+            query, key_cache, value_cache, kv_lengths, key, value, block_table, rotary, rotary_interleaved, key_scales,
+            value_scales, scale, kv_starts, window, softcap, alibi_slopes, return_lse,
+        )  # fmt: skip
+        if repeated is not None:
+            bound = _REPEATED.keep(repeated, _bind(dispatch.choose(dispatch.ATTENTION_DECODE, impl, call), call))
+    if bound is not None:
+        out, lse = bound(*tensors, rotary)
+    else:
+        out, lse = without_autocast(lambda: dispatch.run(dispatch.ATTENTION_DECODE, impl, call), query)
+        cast = autocast_dtype(query)
+        if cast is not None:
+            out = out.to(cast)
     return (out, lse) if return_lse else out
+
+
+_REPEATED = RepeatedCalls()
+
+
+def _bind(implementation: str, call: dict) -> Callable[..., tuple[Tensor, Tensor]]:
+    """A prepared call as a function of its tensors, of whose indices the values are still checked."""
+    compute = dispatch.ATTENTION_DECODE.candidates[implementation].run
+    interleaved, scale, window, softcap, return_lse = (
+        call[name] for name in ("rotary_interleaved", "scale", "window", "softcap", "return_lse")
+    )
+
+    def bound(
+        query, key_cache, value_cache, kv_lengths, key, value, block_table, key_scales, value_scales, kv_starts,
+        alibi_slopes, rotary,
+    ):  # fmt: skip
+        _check_indices(query, key_cache, kv_lengths, block_table, rotary, appended=key is not None)
+        batch, heads = query.shape[:2]
+        return compute(
+            query, key_cache, value_cache, kv_lengths, key, value, block_table, rotary, interleaved, key_scales,
+            value_scales, scale, kv_starts, window, softcap, prepare_slopes(alibi_slopes, query, batch, heads),
+            return_lse,
+        )  # fmt: skip
+
+    return bound
 
 
 def prepare(
@@ -129,10 +170,8 @@ def prepare(
             expected = (batch, cache.shape[1], new, cache.shape[3])
             if tensor.shape != expected:
                 raise ValueError(f"{name} must have shape {expected}, but is {describe(tensor)}")
-    capacity = key_cache.shape[2]
     if block_table is not None:
-        _check_block_table(block_table, query, key_cache)
-        capacity = capacity * block_table.shape[1]
+        _check_block_table(block_table, query)
     check_index_tensor("kv_lengths", kv_lengths, batch, "batch row", "query", query)
     if kv_starts is not None:
         check_index_tensor("kv_starts", kv_starts, batch, "batch row", "query", query)
@@ -159,9 +198,26 @@ def prepare(
         "alibi_slopes": prepare_slopes(alibi_slopes, query, batch, heads),
         "return_lse": return_lse,
     }
-    if batch and can_read(kv_lengths):
-        _check_lengths(kv_lengths.tolist(), new, capacity, appended=key is not None, rotary=rotary)
+    _check_indices(query, key_cache, kv_lengths, block_table, rotary, appended=key is not None)
     return call
+
+
+def _check_indices(
+    query: Tensor, key_cache: Tensor, kv_lengths: Tensor, block_table: Tensor | None, rotary, *, appended: bool
+) -> None:
+    """The values of lengths and block table, where they can be read."""
+    batch, _, new, _ = query.shape
+    capacity = key_cache.shape[2]
+    if block_table is not None:
+        capacity = capacity * block_table.shape[1]
+        if block_table.numel() and can_read(block_table):
+            low, high = (int(entry) for entry in torch.aminmax(block_table))
+            if low < 0 or high >= key_cache.shape[0]:
+                raise ValueError(
+                    f"block_table must index key_cache's {key_cache.shape[0]} blocks, but has entries {low} to {high}"
+                )
+    if batch and can_read(kv_lengths):
+        _check_lengths(kv_lengths.tolist(), new, capacity, appended=appended, rotary=rotary)
 
 
 def _check_cache(name: str, cache: Tensor, scales_name: str, scales: Tensor | None, query: Tensor, paged: bool) -> None:
@@ -183,19 +239,12 @@ def _check_cache(name: str, cache: Tensor, scales_name: str, scales: Tensor | No
         raise ValueError(f"{scales_name} must have shape {tuple(cache.shape[:3])}, but is {describe(scales)}")
 
 
-def _check_block_table(block_table: Tensor, query: Tensor, key_cache: Tensor) -> None:
+def _check_block_table(block_table: Tensor, query: Tensor) -> None:
     check_tensor("block_table", block_table, dtypes=INDEX_DTYPES)
     check_device("block_table", block_table, "query", query)
     if block_table.dim() != 2 or block_table.shape[0] != query.shape[0]:
         raise ValueError(
             f"block_table must have shape ({query.shape[0]}, blocks per row), but is {describe(block_table)}"
-        )
-    if block_table.numel() == 0 or not can_read(block_table):
-        return
-    low, high = (int(entry) for entry in torch.aminmax(block_table))
-    if low < 0 or high >= key_cache.shape[0]:
-        raise ValueError(
-            f"block_table must index key_cache's {key_cache.shape[0]} blocks, but has entries {low} to {high}"
         )
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ..backends import dispatch
-from ..backends.autograd import in_transform
 from ..backends.compiled import conv_transpose as compiled_conv_transpose
 from ..backends.reference.conv_transpose import ACTIVATIONS
 from ..backends.triton import conv_transpose as triton_conv_transpose
@@ -24,6 +22,7 @@ from .checks import (
     to_tuple,
     without_autocast,
 )
+from .repeated import RepeatedCalls, key_of
 
 Size = int | tuple[int, ...]
 
@@ -78,21 +77,18 @@ def _define(dims: int):
         impl: str | None = None,
     ) -> Tensor:
         tensors = input, weight, bias, scale, shift
-        settings = stride, padding, output_padding, groups, dilation, activation, negative_slope
-        key = _key(dims, tensors, settings, impl)
-        bound = _BOUND.get(key)
+        settings = dims, stride, padding, output_padding, groups, dilation, activation, negative_slope
+        key = key_of(tensors, settings, impl)
+        bound = _REPEATED.get(key)
         if bound is not None:
             return bound(*tensors)
         call = prepare(
             dims, input, weight, bias, stride, padding, output_padding, groups, dilation, scale, shift, activation,
             negative_slope,
         )  # fmt: skip
-        bind = None if key is None else _BINDERS.get(dispatch.choose(dispatch.CONV_TRANSPOSE, impl, call))
-        if bind is not None:
-            if len(_BOUND) >= _MOST_BOUND:
-                _BOUND.clear()
-            _BOUND[key] = bound = bind(call)
-            return bound(*tensors)
+        if key is not None:
+            implementation = dispatch.choose(dispatch.CONV_TRANSPOSE, impl, call)
+            return _REPEATED.keep(key, _bind(implementation, call))(*tensors)
         return run(call, input, dims, impl)
 
     conv_transpose.__name__ = conv_transpose.__qualname__ = f"conv_transpose{dims}d"
@@ -105,52 +101,24 @@ conv_transpose2d = _define(2)
 conv_transpose3d = _define(3)
 
 
-# To check a call and to choose its implementation takes 15 us, more than the kernel for one small image, and Triton's
-# way to a compiled kernel 100: calls without gradients are kept, by all that they depend on.
+_REPEATED = RepeatedCalls()
 _BINDERS = {"native": compiled_conv_transpose.bind, "triton": triton_conv_transpose.bind}
-_BOUND: dict[tuple, Callable[..., Tensor]] = {}
-_MOST_BOUND = 1024  # calls: more are lengths that come and go
 
 
-def _key(dims: int, tensors: tuple[Tensor | None, ...], settings: tuple, impl: str | None) -> tuple | None:
-    """What a call depends on but for the numbers in its tensors; None if that is more than is looked at here."""
-    if torch.compiler.is_compiling() or in_transform() or dispatch.has_listeners():
-        return None
-    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
-        return None
-    on_gpu = type(tensors[0]) in _PLAIN_TENSORS and tensors[0].is_cuda
-    if on_gpu and (tensors[0].numel() == 0 or torch.cuda.is_current_stream_capturing() or _dispatch_modes()):
-        return None  # a graph shall not keep what was not tuned; what watches operators shall see them
-    for setting in settings:  # True and 2.0 are refused, but equal to 1 and 2
-        if type(setting) is tuple:
-            if not all(type(n) is int for n in setting):
-                return None
-        elif type(setting) not in _PLAIN_SETTINGS:
-            return None
-    tracks_gradients, parts = torch.is_grad_enabled(), []
-    for tensor in tensors:
-        if tensor is None:
-            parts.append(None)
-            continue
-        if type(tensor) not in _PLAIN_TENSORS or tensor.layout is not torch.strided or tensor.is_nested:
-            return None
-        if not (tensor.is_cuda if on_gpu else tensor.is_cpu) or (tracks_gradients and tensor.requires_grad):
-            return None
-        parts.append((type(tensor), tensor.dtype, tensor.shape, tensor.stride(), tensor.is_inference()))
-        if on_gpu:  # a kernel is compiled for addresses that are multiples of 16
-            parts.append((tensor.device, tensor.data_ptr() % 16 == 0))
-    if on_gpu:
-        parts.append((torch.backends.cudnn.conv.fp32_precision, torch.are_deterministic_algorithms_enabled()))
-    types = tuple(map(type, settings))
-    return (dims, impl, os.environ.get("GPT4FAST_IMPL"), settings, types, *parts)
+def _bind(implementation: str, call: dict) -> Callable[..., Tensor]:
+    """A prepared call as a function of (input, weight, bias, scale, shift)."""
+    if implementation in _BINDERS:
+        return _BINDERS[implementation](call)
+    compute = dispatch.CONV_TRANSPOSE.candidates[implementation].run
+    geometry = [call[name] for name in ("stride", "padding", "output_padding", "groups", "dilation")]
+    dims, last = call["input"].dim(), (call["activation"], call["negative_slope"])
 
+    def bound(input: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+        if input.dim() == dims:
+            return compute(input, weight, bias, *geometry, scale, shift, *last)
+        return compute(input.unsqueeze(0), weight, bias, *geometry, scale, shift, *last).squeeze(0)
 
-def _dispatch_modes() -> int:
-    return torch._C._len_torch_dispatch_stack()
-
-
-_PLAIN_SETTINGS = (int, float, str, type(None))
-_PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
+    return bound
 
 
 def run(call: dict, input: Tensor, dims: int, impl: str | None) -> Tensor:

@@ -381,3 +381,40 @@ def test_an_error_leaves_the_cache_as_it_was():
     with pytest.raises(ValueError, match="kv_lengths"):
         gpt4fast.attention_decode(torch.randn(2, 4, 3, 8), *caches, torch.tensor([3, 8]), key=new, value=new)
     assert torch.equal(caches, before)
+
+
+@pytest.mark.parametrize("impl", [None, *IMPLEMENTATIONS])
+def test_repeated_calls_are_looked_at_again_where_anything_differs(impl):
+    """What is kept of a call serves those that differ in numbers alone, and lengths and block tables are numbers."""
+    caches = torch.randn(2, BATCH, KV_HEADS, CAPACITY, HEAD_DIM)
+    pool, table = paged(caches[0])
+    query, slopes = torch.randn(BATCH, HEADS, 1, HEAD_DIM), torch.rand(HEADS)
+    new = torch.randn(2, BATCH, KV_HEADS, 1, HEAD_DIM)
+
+    def check(query, key_cache, value_cache, lengths, **options):
+        stored = key_cache.clone(), value_cache.clone()
+        ours = gpt4fast.attention_decode(query, *stored, lengths, **options, impl=impl)
+        options = {name: t.double() if name in ("key", "value") else t for name, t in options.items()}
+        wide = [t.double() for t in (query, key_cache, value_cache)]
+        expected = gpt4fast.attention_decode(*wide, lengths, **options, impl="reference")
+        torch.testing.assert_close(ours.double(), expected, rtol=1e-4, atol=1e-5)
+
+    for _ in range(2):
+        for lengths in (torch.tensor([3, 9, 20]), torch.tensor([24, 1, 2]), torch.tensor([4, 4, 4], dtype=torch.int32)):
+            check(query, *caches, lengths)
+            for number in (3, 5):
+                check(query, *caches, lengths, window=(number, 0))
+                check(query, *caches, lengths, scale=0.1 * number)
+            check(query, *caches, lengths, alibi_slopes=slopes)
+            check(query, *caches, lengths, kv_starts=torch.tensor([0, 0, 1]))
+            check(query, *caches, lengths.clamp(max=20), key=new[0], value=new[1])
+            check(query, *caches, lengths.clamp(max=20), key=new[0], value=new[1], rotary=rotation(CAPACITY, 4))
+            check(query, pool, pool, lengths, block_table=table)
+        with pytest.raises(ValueError, match="kv_lengths"):
+            check(query, *caches, torch.tensor([3, 9, CAPACITY + 1]))
+        with pytest.raises(ValueError, match="block_table"):
+            check(query, pool, pool, lengths, block_table=table + 1000)
+        with pytest.raises(ValueError, match="rotary"):
+            check(query, *caches, torch.tensor([3, 9, 20]), key=new[0], value=new[1], rotary=rotation(20, 4))
+        with pytest.raises(TypeError, match="return_lse"):
+            gpt4fast.attention_decode(query, *caches, lengths, return_lse=0, impl=impl)

@@ -1,7 +1,7 @@
 """Tile sizes of the Triton kernels of attention: pure functions of sizes and of the GPU's generation.
 
-Chosen by what fits in registers and shared memory (tests/backends/triton/test_attention_compiled.py); not yet by
-measurements.
+Chosen by what fits in registers and shared memory (tests/backends/triton/test_machine_code.py); half types on Hopper by
+measurements (benchmarks/LOG.md).
 """
 
 from __future__ import annotations
@@ -10,25 +10,33 @@ from torch import Tensor
 
 KIB = 1024
 
-# By how products are computed and by the widest row, 64, 128 or 256: (rows that stay, rows that pass, warps). What
-# stays is queries in the forward kernel and in that of their gradient, keys and values in that of theirs.
+# By how products are computed and by the widest row, 64, 128 or 256: (rows that stay, rows that pass, warps, at most so
+# many stages). What stays is queries in the forward kernel and in that of their gradient, keys and values in that of
+# theirs.
 FORWARD = {
-    "half": {64: (128, 64, 8), 128: (128, 64, 8), 256: (64, 32, 8)},
-    "tf32": {64: (64, 32, 4), 128: (64, 32, 8), 256: (32, 16, 4)},
-    "ieee": {64: (64, 32, 8), 128: (32, 16, 4), 256: (32, 16, 8)},
+    "half": {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 32, 8, 3)},
+    "tf32": {64: (64, 32, 4, 3), 128: (64, 32, 8, 3), 256: (32, 16, 4, 3)},
+    "ieee": {64: (64, 32, 8, 3), 128: (32, 16, 4, 3), 256: (32, 16, 8, 3)},
 }
 BACKWARD_QUERY = {
-    "half": {64: (128, 64, 8), 128: (128, 32, 8), 256: (64, 32, 8)},
-    "tf32": {64: (64, 32, 8), 128: (64, 32, 8), 256: (32, 16, 8)},
-    "ieee": {64: (64, 32, 8), 128: (32, 16, 4), 256: (16, 16, 4)},
+    "half": {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (64, 32, 8, 2)},
+    "tf32": {64: (64, 32, 8, 2), 128: (64, 32, 8, 2), 256: (32, 16, 8, 2)},
+    "ieee": {64: (64, 32, 8, 2), 128: (32, 16, 4, 2), 256: (16, 16, 4, 2)},
 }
 BACKWARD_KEY_VALUE = {
-    "half": {64: (128, 32, 8), 128: (64, 32, 8), 256: (32, 32, 8)},
-    "tf32": {64: (64, 32, 8), 128: (32, 32, 8), 256: (32, 16, 8)},
-    "ieee": {64: (32, 32, 8), 128: (32, 32, 8), 256: (16, 16, 4)},
+    "half": {64: (128, 32, 8, 2), 128: (64, 32, 8, 2), 256: (32, 32, 8, 2)},
+    "tf32": {64: (64, 32, 8, 2), 128: (32, 32, 8, 2), 256: (32, 16, 8, 2)},
+    "ieee": {64: (32, 32, 8, 2), 128: (32, 32, 8, 2), 256: (16, 16, 4, 2)},
 }
-# The two sums of this kernel are what fills the registers, and Blackwell has tensor memory for them.
-BACKWARD_KEY_VALUE_BLACKWELL = {64: (128, 64, 8), 128: (128, 32, 8), 256: (64, 32, 8)}
+# Half types by the generation, where it has tiles of its own. Hopper's 64 x 64 by four warps leave room for more blocks
+# on a multiprocessor (H200, 4096 keys: the three kernels 1.06, 1.29 and 1.02 times as fast for rows of 128, and that of
+# keys and values 1.4 for rows of 64). The sums of that kernel fill the registers, and Blackwell has tensor memory.
+FORWARD_OF = {9: {64: (128, 64, 8, 3), 128: (64, 64, 4, 3), 256: (64, 32, 8, 3)}}
+BACKWARD_QUERY_OF = {9: {64: (128, 64, 8, 2), 128: (64, 64, 4, 2), 256: (64, 32, 8, 2)}}
+BACKWARD_KEY_VALUE_OF = {
+    9: {64: (64, 64, 4, 1), 128: (64, 32, 4, 1), 256: (32, 32, 8, 2)},
+    10: {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (64, 32, 8, 2)},
+}
 
 
 def padded(size: int) -> int:
@@ -55,34 +63,34 @@ def forward_tile(
     itemsize: int, head_dim: int, value_dim: int, capability: tuple[int, int], tf32: bool = False, extras: bool = False
 ) -> dict[str, int]:
     """For ``forward_kernel``; ``tf32`` is for float32, ``extras`` whether there is a mask, a soft cap or dropout."""
-    width, kind = _width(head_dim, value_dim), _kind(itemsize, tf32)
-    block_m, block_n, warps = FORWARD[kind][width]
+    width = _width(head_dim, value_dim)
+    block_m, block_n, warps, most = _tiles(FORWARD, FORWARD_OF, itemsize, tf32, capability)[width]
     block_m = _halved(block_m, extras)
     stages = _stages(block_m * width * itemsize, block_n, block_m, width, itemsize, capability, extras)
-    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": min(most, stages)}
 
 
 def backward_query_tile(
     itemsize: int, head_dim: int, value_dim: int, capability: tuple[int, int], tf32: bool = False, extras: bool = False
 ) -> dict[str, int]:
     """For ``backward_query_kernel``."""
-    width, kind = _width(head_dim, value_dim), _kind(itemsize, tf32)
-    block_m, block_n, warps = BACKWARD_QUERY[kind][width]
+    width = _width(head_dim, value_dim)
+    block_m, block_n, warps, most = _tiles(BACKWARD_QUERY, BACKWARD_QUERY_OF, itemsize, tf32, capability)[width]
     block_m, block_n = _halved(block_m, extras), _halved(block_n, extras)
     stages = _stages(2 * block_m * width * itemsize, block_n, block_m, width, itemsize, capability, extras)
-    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": min(2, stages)}
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": min(most, stages)}
 
 
 def backward_key_value_tile(
     itemsize: int, head_dim: int, value_dim: int, capability: tuple[int, int], tf32: bool = False, extras: bool = False
 ) -> dict[str, int]:
     """For ``backward_key_value_kernel``."""
-    width, kind = _width(head_dim, value_dim), _kind(itemsize, tf32)
-    tiles = BACKWARD_KEY_VALUE_BLACKWELL if kind == "half" and capability[0] == 10 else BACKWARD_KEY_VALUE[kind]
-    block_n, block_m, warps = tiles[width]
+    width = _width(head_dim, value_dim)
+    tiles = _tiles(BACKWARD_KEY_VALUE, BACKWARD_KEY_VALUE_OF, itemsize, tf32, capability)
+    block_n, block_m, warps, most = tiles[width]
     block_n = _halved(block_n, extras)
     stages = _stages(2 * block_n * width * itemsize, block_m, block_n, width, itemsize, capability, extras)
-    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": min(2, stages)}
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": min(most, stages)}
 
 
 def decode_tile(
@@ -108,8 +116,12 @@ def _width(head_dim: int, value_dim: int) -> int:
     return max(64, padded(head_dim), padded(value_dim))
 
 
-def _kind(itemsize: int, tf32: bool) -> str:
-    return "half" if itemsize == 2 else "tf32" if tf32 else "ieee"
+def _tiles(
+    tables: dict, by_generation: dict, itemsize: int, tf32: bool, capability: tuple[int, int]
+) -> dict[int, tuple[int, int, int, int]]:
+    if itemsize == 2:
+        return by_generation.get(capability[0], tables["half"])
+    return tables["tf32" if tf32 else "ieee"]
 
 
 def _halved(rows: int, extras: bool) -> int:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from . import conv_transpose_config as config
 from . import tuning
-from .replay import replayable
 from .device import capability_of, processors_of
+from .replay import replayable
 
 
 class Convolved(NamedTuple):

@@ -1,4 +1,4 @@
-"""Launching a kernel again for other tensors, without what Triton does to find it: 100 us of Python on an H200's host."""
+"""Launching a kernel again for other tensors, without Triton's search for it: 100 us of Python beside an H200."""
 
 from __future__ import annotations
 
