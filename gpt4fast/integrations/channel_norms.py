@@ -8,7 +8,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from ..backends import dispatch
+from ..backends import dispatch, refusals
 from ..backends.autograd import needs_grad
 from ..backends.compiled.channel_norm import channel_norm, torch_channel_norm
 from ..backends.reference.conv_transpose import ACTIVATIONS
@@ -76,5 +76,5 @@ def _is_native(input: Tensor, weight: Tensor, bias: Tensor) -> bool:
         and not needs_grad(input, weight, bias)
         and not torch.compiler.is_compiling()
         and dispatch.requested(None) in ("auto", "native")
-        and dispatch.native_refusal(input) is None
+        and refusals.native_refusal(input) is None
     )

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import ops
-from ..backends import dispatch
+from ..backends import preferences
 from ..backends.compiled import convolution as compiled_convolution
 from ..ops.checks import autocast_dtype, to_tuple, without_autocast
 
@@ -121,7 +121,7 @@ def _convolution(dims: int, input, weight, bias, stride, padding, dilation, grou
             cast = autocast_dtype(input)
             dtype = cast or input.dtype
             same = cast is not None or weight.dtype == dtype
-            if same and dispatch.convolution_gradients_win(dtype, input, weight, bias, geometry[0], groups):
+            if same and preferences.convolution_gradients_win(dtype, input, weight, bias, geometry[0], groups):
                 tensors = [t if cast is None or t is None else t.to(cast) for t in (input, weight, bias)]
                 return without_autocast(lambda: compiled_convolution.convolution(*tensors, *geometry, groups), input)
     return compiled_convolution.FUNCTIONS[dims](input, weight, bias, stride, padding, dilation, groups)

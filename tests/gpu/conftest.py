@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpt4fast.backends import dispatch
+from gpt4fast.backends import refusals
 from gpt4fast.backends.triton import availability, tuning
 
 
@@ -23,8 +23,8 @@ def impl(request):
 
 @pytest.fixture
 def needs_cuda() -> None:
-    if dispatch.CUDA_LIBRARY_ERROR is not None:
-        pytest.skip(dispatch.CUDA_LIBRARY_ERROR)
+    if refusals.CUDA_LIBRARY_ERROR is not None:
+        pytest.skip(refusals.CUDA_LIBRARY_ERROR)
 
 
 @pytest.fixture
