@@ -54,4 +54,13 @@ inline void check_tensor(const torch::stable::Tensor& tensor, const char* name, 
                   name_of(tensor.scalar_type()));
 }
 
+// A float32 vector on the CPU, (size), contiguous.
+inline void check_vector(const torch::stable::Tensor& vector, const char* name, int64_t size) {
+  STD_TORCH_CHECK(vector.is_cpu() && vector.scalar_type() == torch::headeronly::ScalarType::Float &&
+                      vector.dim() == 1 && vector.size(0) == size && vector.is_contiguous(),
+                  "expected ", name, " to be a contiguous float32 tensor of shape (", size,
+                  ") on the CPU, but its shape is ", shape_of(vector), " and its dtype ",
+                  name_of(vector.scalar_type()));
+}
+
 }  // namespace gpt4fast

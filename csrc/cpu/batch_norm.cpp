@@ -22,17 +22,7 @@ GPT4FAST_KERNEL_OF_LEVELS(BatchNormKernel, batch_norm_kernel)
 
 namespace {
 
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-// float32, (channels), contiguous
-void check_vector(const Tensor& vector, const char* name, int64_t channels) {
-  STD_TORCH_CHECK(vector.is_cpu() && vector.scalar_type() == ScalarType::Float && vector.dim() == 1 &&
-                      vector.size(0) == channels && vector.is_contiguous(),
-                  "expected ", name, " to be a contiguous float32 tensor of shape (", channels,
-                  ") on the CPU, but its shape is ", shape_of(vector), " and its dtype ",
-                  name_of(vector.scalar_type()));
-}
 
 void set_params(const Tensor& input, const Tensor& weight, const Tensor& bias, StringHandle activation,
                 double negative_slope, BatchNormParams& p) {

@@ -18,7 +18,6 @@ GPT4FAST_KERNEL_OF_LEVELS(ChannelNormKernel* const, channel_norm_kernel)
 
 namespace {
 
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // Whether the channels of a pixel are neighbours, and pixels follow one another without gaps.
@@ -34,15 +33,6 @@ bool is_channels_last(const Tensor& tensor) {
     step *= tensor.size(axis);
   }
   return tensor.size(1) == 1 || tensor.stride(1) == 1;
-}
-
-const float* read_vector(const Tensor& vector, const char* name, int64_t channels) {
-  STD_TORCH_CHECK(vector.is_cpu() && vector.scalar_type() == ScalarType::Float && vector.dim() == 1 &&
-                      vector.size(0) == channels && vector.is_contiguous(),
-                  "expected ", name, " to be a contiguous float32 tensor of shape (", channels,
-                  ") on the CPU, but its shape is ", shape_of(vector), " and its dtype ",
-                  name_of(vector.scalar_type()));
-  return vector.const_data_ptr<float>();
 }
 
 Tensor forward(const Tensor& input, const Tensor& weight, const Tensor& bias, double eps, StringHandle activation,
@@ -62,8 +52,10 @@ Tensor forward(const Tensor& input, const Tensor& weight, const Tensor& bias, do
   p.batch = input.size(0);
   p.channels = input.size(1);
   p.pixels = input.numel() / p.batch / p.channels;
-  p.weight = read_vector(weight, "weight", p.channels);
-  p.bias = read_vector(bias, "bias", p.channels);
+  check_vector(weight, "weight", p.channels);
+  check_vector(bias, "bias", p.channels);
+  p.weight = weight.const_data_ptr<float>();
+  p.bias = bias.const_data_ptr<float>();
   p.input = input.const_data_ptr();
   const Tensor out = torch::stable::empty_like(input);
   p.out = out.mutable_data_ptr();

@@ -12,16 +12,14 @@
 
 namespace gpt4fast::cpu {
 
-// The kernel is chosen by the weight and is_winograd alone, so that a packed one serves inputs of any size.
-const ConvTransposeKernel& kernel_for(const ConvTransposeParams& p);
-
-// The weight in the kernel's order, and behind it what it was made from.
+// The weight in the order of the kernel that p asks for, and behind it which that is and what it was made from. Without
+// an input, whose sizes are 0 then, a kernel that serves nearly all of them.
 torch::stable::Tensor pack_weight(const torch::stable::Tensor& weight, const ConvTransposeParams& p);
 
 // Whether it is what pack_weight would give.
 bool is_packed_from(const torch::stable::Tensor& packed, const ConvTransposeParams& p);
 
-// Computes p.out.
+// Computes p.out by the kernel that packed the weight.
 void run_kernel(const ConvTransposeParams& p, const torch::stable::Tensor& packed, double multiplications);
 
 }  // namespace gpt4fast::cpu

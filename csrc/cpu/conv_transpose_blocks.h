@@ -131,16 +131,18 @@ class Blocks {
   Block largest() const { return {{0, 0, 0, 0}, {step_[0], step_[1], step_[2], step_[3]}}; }
 
   // Of the inputs of any of the blocks, along a dimension (0 to 2) and in all.
-  int64_t most_inputs(int axis) const {
-    const int64_t reach = (p_->kernel[axis] - 1) * p_->dilation[axis], length = step_[axis + 1] - 1;
-    const int64_t spanned =
-        p_->is_adjoint ? length * p_->stride[axis] + reach + 1 : (length + reach) / p_->stride[axis] + 1;
-    return least(spanned, p_->in_size[axis]);
-  }
-
+  int64_t most_inputs(int axis) const { return spanned(axis, (p_->kernel[axis] - 1) * p_->dilation[axis]); }
   int64_t most_inputs() const { return step_[0] * most_inputs(0) * most_inputs(1) * most_inputs(2); }
 
+  // Of those that one tap multiplies.
+  int64_t most_inputs_of_tap() const { return step_[0] * spanned(0, 0) * spanned(1, 0) * spanned(2, 0); }
+
  private:
+  int64_t spanned(int axis, int64_t reach) const {
+    const int64_t length = step_[axis + 1] - 1, stride = p_->stride[axis];
+    return least(p_->is_adjoint ? length * stride + reach + 1 : (length + reach) / stride + 1, p_->in_size[axis]);
+  }
+
   const ConvTransposeParams* p_;
   int64_t step_[4], parts_[4];
 };

@@ -3,12 +3,12 @@
 #include "../conv_transpose.h"
 
 #include <algorithm>
-#include <type_traits>
 
 #include "conv_transpose_blocks.h"
 #include "conv_transpose_inputs.h"
 #include "conv_transpose_write.h"
 #include "scratch.h"
+#include "with_constant.h"
 #include "with_element_type.h"
 
 namespace gpt4fast::cpu::GPT4FAST_LEVEL {
@@ -239,7 +239,7 @@ class Kernel {
     for (; count > kMostAddends; count -= kMostAddends, addends += kMostAddends, begun = true) {
       add<kMostAddends>(addends, inputs, weights, plan.width, segment.count, begin, keep);
     }
-    with_count(count, [&](auto constant) {
+    with_constant<0, kMostAddends>(count, [&](auto constant) {
       if (!p.channels_last) {
         add<constant()>(addends, inputs, weights, plan.width, segment.count, begin, keep);
         return;
@@ -255,16 +255,6 @@ class Kernel {
         store_part(out + output * pixels, activation(multiply_add(sum, scale, offset), slope), lanes);
       });
     });
-  }
-
-  template <int kCount = 0, typename Use>
-  static void with_count(int64_t count, Use use) {
-    if constexpr (kCount < kMostAddends) {
-      if (count != kCount) {
-        return with_count<kCount + 1>(count, use);
-      }
-    }
-    use(std::integral_constant<int, kCount>());
   }
 
   const ConvTransposeParams& p;

@@ -1,17 +1,18 @@
 // Transposed convolution with few output channels, which would leave most lanes of conv_transpose_kernel.cpp empty.
 // Here lanes are pixels. Outputs that are equal modulo the stride are reached by the same taps, so that neighbours
 // among them are sums of one weight times neighbouring inputs; they stay in registers over all channels and taps. A
-// block's inputs are copied into planes with zeros around them, where every tap is a shift. Compiled once per CPU
-// level.
+// block's inputs are copied into planes with zeros around them, where every tap is a shift. The weight must be finite:
+// zero times infinity is NaN. Compiled once per CPU level.
 #include "../conv_transpose.h"
 
 #include <algorithm>
-#include <utility>
 
 #include "attention_pack.h"
 #include "conv_transpose_few_plan.h"
+#include "conv_transpose_inputs.h"
 #include "conv_transpose_prefetch.h"
 #include "vector_activation.h"
+#include "with_constant.h"
 #include "with_element_type.h"
 
 namespace gpt4fast::cpu::GPT4FAST_LEVEL {
@@ -118,23 +119,12 @@ class Kernel {
       for (int64_t image = 0; image < outputs_.count[0]; ++image) {
         copy_inputs(outputs_.first[0] + image);
         begin_prefetch(task, last, image);
-        with_constant<1, 2, 3, 4>(plan.layout.outputs, [&](auto outputs) { compute<outputs()>(image); });
+        with_constant<1, 4>(plan.layout.outputs, [&](auto outputs) { compute<outputs()>(image); });
       }
     }
   }
 
  private:
-  // Calls use with the one of some constants that equals value.
-  template <int kFirst, int... kOthers, typename Use>
-  static void with_constant(int64_t value, Use use) {
-    if constexpr (sizeof...(kOthers) > 0) {
-      if (value != kFirst) {
-        return with_constant<kOthers...>(value, use);
-      }
-    }
-    use(std::integral_constant<int, kFirst>());
-  }
-
   // Rows of the planes that one of the inputs fills: zeros, `given` pixels and zeros up to count.
   struct Row {
     int64_t before, given, count;
@@ -166,7 +156,7 @@ class Kernel {
         }
       }
     };
-    if (p.input_strides[4] == 1 && p.input_strides[1] != 1) {
+    if (has_planes(p)) {
       for (int64_t plane = 0; plane < planes; ++plane) {
         const scalar_t* channel = input + plane * kDepth<T> * p.input_strides[1];
         const bool is_single = (plane + 1) * kDepth<T> > channels;
@@ -263,7 +253,7 @@ class Kernel {
     const int64_t input_step = plan.pitch * kDepth<T>, weight_step = p.kernel[2] * kOutputs * kDepth<T>;
     const int64_t steps = plan.depth / kDepth<T>, runs = most<int64_t>(divide_up(steps, plan.steps), 1);
     const int64_t vectors = divide_up(pixels, kLanes);
-    constexpr int64_t kVectors = kTileVectors / Together::kPhases;
+    constexpr int kVectors = kTileVectors / Together::kPhases;
     const int64_t parts = divide_up(vectors, kVectors);
     for (int64_t part = 0; part < parts; ++part) {
       const int64_t first = vectors * part / parts, count = vectors * (part + 1) / parts - first;
@@ -271,12 +261,10 @@ class Kernel {
         const int64_t begin = steps * run / runs, length = steps * (run + 1) / runs - begin;
         const FewOperand<T> from = {input + first * kLanes * kDepth<T> + begin * input_step, input_step};
         const FewOperand<T> by = {weight + begin * weight_step, weight_step};
-        with_constant<1, 2, 3, 4>(count, [&](auto constant) {
-          if constexpr (constant() <= kVectors) {
-            add_taps<Together, kOutputs, constant()>(plan.taps + first_taps[0], first_taps[1] - first_taps[0], from, by,
-                                                     length, run > 0, sums + first * kLanes, plan.sums_step,
-                                                     plan.phases[2] * plan.sums_step);
-          }
+        with_constant<1, kVectors>(count, [&](auto constant) {
+          add_taps<Together, kOutputs, constant()>(plan.taps + first_taps[0], first_taps[1] - first_taps[0], from, by,
+                                                   length, run > 0, sums + first * kLanes, plan.sums_step,
+                                                   plan.phases[2] * plan.sums_step);
         });
       }
     }

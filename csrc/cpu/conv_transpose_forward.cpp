@@ -73,10 +73,9 @@ Tensor forward(const Tensor& input, const Tensor& weight, const std::optional<Te
       set_input(input, weight, groups, {stride, padding, output_padding, dilation}, winograd, p), input, channels_last);
   std::vector<float> affine(2 * static_cast<size_t>(p.out_channels + ConvTransposeParams::kMostLanes));
   set_affine(bias, scale, shift, affine.data(), p);
-  const bool is_packed = packed && is_packed_from(*packed, p);
   if (out.numel() > 0) {
     p.out = out.mutable_data_ptr();
-    run_kernel(p, is_packed ? *packed : pack_weight(weight, p),
+    run_kernel(p, packed && is_packed_from(*packed, p) ? *packed : pack_weight(weight, p),
                double(input.numel()) * double(weight.numel()) / double(weight.size(0)) + double(out.numel()));
   }
   return out;

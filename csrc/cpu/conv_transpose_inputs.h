@@ -9,12 +9,17 @@
 
 namespace gpt4fast::cpu::GPT4FAST_LEVEL {
 
+// Whether pixels are neighbours in memory, and channels lie apart.
+inline bool has_planes(const ConvTransposeParams& p) {
+  return p.input_strides[4] == 1 && p.input_strides[1] != 1;
+}
+
 // Copies `channels` channels of pixels that lie at the distance p.input_strides[4], with zeros up to depth: pixel i to
 // target(i).
 template <typename T, typename scalar_t, typename Target>
 void copy_pixels(const ConvTransposeParams& p, const scalar_t* source, int64_t pixels, int64_t channels, int64_t depth,
                  Target target) {
-  if (p.input_strides[4] != 1 || p.input_strides[1] == 1) {
+  if (!has_planes(p)) {
     for (int64_t i = 0; i < pixels; ++i) {
       pack_row(source + i * p.input_strides[4], p.input_strides[1], channels, depth, target(i));
     }

@@ -67,8 +67,9 @@ struct Plan : Scratch {
 
   WeightLayout<T> layout;
   bool in_place;  // the input is read as it lies
+  bool by_taps;   // otherwise each tap's inputs are copied by themselves, since a block's would be many more
   Blocks blocks;
-  T* inputs;         // (images, D, H, W, groups, depth)
+  T* inputs;         // (images, D, H, W, groups, depth), by taps of one group
   float* sums;       // (block, width)
   RowPlace* places;  // (block)
   float* lines;      // (kLanes, line_step of the block)
@@ -77,22 +78,33 @@ struct Plan : Scratch {
       : Scratch(memory),
         layout(layout_of<T>(p)),
         in_place(std::is_same_v<T, scalar_t> && p.input_strides[1] == 1 && layout.depth == layout.group_inputs),
+        by_taps(false),
         blocks(p, kMostOutputs) {
-    const int64_t pixel = p.groups * layout.depth * static_cast<int64_t>(sizeof(T));
     const int64_t columns = p.groups * layout.blocks;
     const int64_t work = p.batch * p.out_size[0] * p.out_size[1] * p.out_size[2] * columns;
     const auto is_uneven = [&] {  // a thread may have a tenth more to do than its share
       const int64_t most_tasks = divide_up(blocks.count() * columns, threads);
       return most_tasks * blocks.largest().size() * threads * 10 > work * 11;
     };
-    for (int64_t outputs = kMostOutputs;
-         outputs > 16 &&
-         ((!in_place && blocks.most_inputs() * pixel > kMostInputBytes) || (outputs > 64 && is_uneven()));) {
-      outputs /= 2;
-      blocks = Blocks(p, outputs);
+    const auto copied = [&] {
+      const int64_t pixels = by_taps ? blocks.most_inputs_of_tap() : p.groups * blocks.most_inputs();
+      return in_place ? 0 : pixels * layout.depth;
+    };
+    const auto are_many = [&] { return copied() * static_cast<int64_t>(sizeof(T)) > kMostInputBytes; };
+    const auto cut = [&] {
+      blocks = Blocks(p, kMostOutputs);
+      for (int64_t outputs = kMostOutputs; outputs > 16 && (are_many() || (outputs > 64 && is_uneven()));) {
+        outputs /= 2;
+        blocks = Blocks(p, outputs);
+      }
+    };
+    cut();
+    by_taps = are_many() && blocks.most_inputs() > layout.matrices * blocks.most_inputs_of_tap();
+    if (by_taps) {
+      cut();
     }
     const int64_t outputs = blocks.largest().size();
-    take(inputs, in_place ? 0 : blocks.most_inputs() * p.groups * layout.depth);
+    take(inputs, copied());
     take(sums, outputs * layout.width);
     take(places, outputs);
     take(lines, p.channels_last ? 0 : kLanes * line_step(blocks.largest()));
@@ -126,37 +138,54 @@ class Kernel {
       return;
     }
     input_ = plan.inputs;
-    strides_[3] = p.groups * plan.layout.depth;
-    for (int axis = 2; axis >= 0; --axis) {
-      strides_[axis] = strides_[axis + 1] * inputs_.count[axis + 1];
+    if (!plan.by_taps) {
+      copy_inputs(inputs_, 0, p.groups);
     }
-    copy_inputs();
   }
 
-  // Brings the block's inputs into the order (images, D, H, W, channels).
-  void copy_inputs() {
+  // Brings inputs of some groups into the order (images, D, H, W, channels).
+  void copy_inputs(const Block& inputs, int64_t first_group, int64_t groups) {
+    strides_[3] = groups * plan.layout.depth;
+    for (int axis = 2; axis >= 0; --axis) {
+      strides_[axis] = strides_[axis + 1] * inputs.count[axis + 1];
+    }
     const auto* input = static_cast<const scalar_t*>(p.input);
-    for_each_run(inputs_, p.in_size, p.input_strides, [&](int64_t offset, int64_t pixel, int64_t count) {
-      for (int64_t group = 0; group < p.groups; ++group) {
+    for_each_run(inputs, p.in_size, p.input_strides, [&](int64_t offset, int64_t pixel, int64_t count) {
+      for (int64_t group = 0; group < groups; ++group) {
         T* target = plan.inputs + pixel * strides_[3] + group * plan.layout.depth;
-        copy_pixels<T>(p, input + offset + group * plan.layout.group_inputs * p.input_strides[1], count,
+        copy_pixels<T>(p, input + offset + (first_group + group) * plan.layout.group_inputs * p.input_strides[1], count,
                        plan.layout.group_inputs, plan.layout.depth,
                        [&](int64_t i) { return target + i * strides_[3]; });
       }
     });
   }
 
+  // Copies what one tap multiplies, and counts its places from there.
+  void copy_inputs_of_tap(int64_t group, Reached (&reached)[3]) {
+    Block inputs = inputs_;
+    for (int axis = 0; axis < 3; ++axis) {
+      Reached& along = reached[axis];
+      inputs.first[axis + 1] += along.in;
+      inputs.count[axis + 1] = along.count == 0 ? 0 : (along.count - 1) * along.in_step + 1;
+      along.in = 0;
+    }
+    copy_inputs(inputs, group, 1);
+  }
+
   void compute(int64_t group, int64_t block) {
     const WeightLayout<T>& layout = plan.layout;
     std::memset(plan.sums, 0, static_cast<size_t>(outputs_.size() * layout.width) * sizeof(float));
     const T* weight = packed_ + (group * layout.blocks + block) * layout.block_size();
-    const T* input = input_ + group * (plan.in_place ? layout.group_inputs : layout.depth);
+    const T* input = input_ + group * (plan.in_place ? layout.group_inputs : plan.by_taps ? 0 : layout.depth);
     for (int64_t d = 0; d < p.kernel[0]; ++d) {
-      const Reached depths = reached_by(p, outputs_, inputs_, 0, d);
       for (int64_t h = 0; h < p.kernel[1]; ++h) {
-        const Reached rows = reached_by(p, outputs_, inputs_, 1, h);
         for (int64_t w = 0; w < p.kernel[2]; ++w, weight += layout.depth * layout.width) {
-          const int64_t count = find_places(depths, rows, reached_by(p, outputs_, inputs_, 2, w));
+          Reached reached[3] = {reached_by(p, outputs_, inputs_, 0, d), reached_by(p, outputs_, inputs_, 1, h),
+                                reached_by(p, outputs_, inputs_, 2, w)};
+          if (plan.by_taps) {
+            copy_inputs_of_tap(group, reached);
+          }
+          const int64_t count = find_places(reached);
           const int64_t steps = layout.depth / kDepth<T>, parts = most(divide_up(steps, kSteps), fewest_parts_);
           for (int64_t part = 0; part < parts; ++part) {
             const int64_t first = steps * part / parts, last = steps * (part + 1) / parts;
@@ -171,7 +200,8 @@ class Kernel {
   }
 
   // Lists the pairs of an input and an output that one tap connects.
-  int64_t find_places(const Reached& depths, const Reached& rows, const Reached& columns) {
+  int64_t find_places(const Reached (&reached)[3]) {
+    const auto& [depths, rows, columns] = reached;
     const int64_t width = plan.layout.width;
     RowPlace* place = plan.places;
     for (int64_t image = 0; image < outputs_.count[0]; ++image) {

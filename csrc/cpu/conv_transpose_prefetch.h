@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "conv_transpose_blocks.h"
+#include "conv_transpose_inputs.h"
 
 namespace gpt4fast::cpu::GPT4FAST_LEVEL {
 
@@ -21,17 +22,16 @@ class InputPrefetch {
     const Block inputs = inputs_of(p, outputs);
     constexpr auto kSize = static_cast<int64_t>(sizeof(scalar_t));
     const int64_t* strides = p.input_strides;
-    const bool has_planes = strides[4] == 1 && strides[1] != 1;  // of channels
     row_ = static_cast<const char*>(p.input) + kSize * first_channel * strides[1];
     for (int axis = 0; axis < 4; ++axis) {
       row_ += kSize * inputs.first[axis] * strides[axis == 0 ? 0 : axis + 1];
     }
     const Level levels[4] = {{inputs.count[2], kSize * strides[3], 0},
                              {inputs.count[1], kSize * strides[2], 0},
-                             {has_planes ? channels : 1, kSize * strides[1], 0},
+                             {has_planes(p) ? channels : 1, kSize * strides[1], 0},
                              {inputs.count[0], kSize * strides[0], 0}};
     std::copy(levels, levels + 4, levels_);
-    lines_ = divide_up(kSize * (has_planes ? inputs.count[3] : inputs.count[3] * strides[4]), 64);
+    lines_ = divide_up(kSize * (has_planes(p) ? inputs.count[3] : inputs.count[3] * strides[4]), 64);
     left_ = lines_;
     for (const Level& level : levels_) {
       left_ *= level.count;

@@ -89,6 +89,17 @@ def test_matches_float64(name, dtype, level):
         case.check(dtype, channels_last)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_wide_dilation(dtype, level):
+    """Where torch's own backward in bfloat16 gives NaN or crashes (2.13)."""
+    for case in (
+        Case(1, 2, 20, 33, (70, 60), (3, 2), 1, (30, 3), 0, (50, 40)),
+        Case(2, 1, 12, 70, (50, 60), (2, 3), (1, 2), 20, 0, (50, 60)),
+    ):
+        for channels_last in (False, True):
+            case.check(dtype, channels_last, against_torch=False)
+
+
 def test_strides():
     """Gradients, inputs and weights that are views."""
     case = Case(2, 1, 20, 18, (6, 5), (3, 3), 2, 1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import assume, given
@@ -116,10 +118,13 @@ CASES = {
     "depthwise, one pixel": (40, 16, 1, 1, (1, 1), (4, 4), {"stride": 2, "padding": 1}),
     "depthwise, many taps": (1, 16, 1, 1, (9, 9), (12, 12), {"stride": 3, "padding": 4}),
     "depthwise, two outputs": (2, 5, 1, 2, (9, 9), (3, 3), {"stride": 2, "padding": 1}),
+    "depthwise, very wide dilation": (1, 64, 1, 1, (130, 130), (3, 3), {"dilation": 64, "padding": 120}),
     "groups": (2, 3, 4, 6, (5, 9), (3, 2), {"stride": (1, 2)}),
     "dilation": (2, 1, 5, 6, (7, 8), (3, 3), {"stride": 2, "dilation": (3, 2), "output_padding": (2, 1), "padding": 2}),
     "dilation = stride": (2, 1, 5, 6, (7, 8), (3, 3), {"stride": 2, "dilation": 2}),
     "padding larger than the kernel": (2, 1, 5, 6, (11, 12), (3, 2), {"stride": 2, "padding": (5, 4)}),
+    "wide dilation": (1, 2, 33, 20, (70, 60), (3, 2), {"dilation": (50, 40), "padding": (30, 3)}),
+    "wide dilation, stride": (2, 1, 70, 5, (50, 60), (2, 3), {"stride": (1, 2), "dilation": (50, 60), "padding": 20}),
     "line": (2, 1, 7, 10, (130,), (5,), {"stride": 3, "padding": 2}),
     "wavegan": (1, 1, 16, 8, (60,), (25,), {"stride": 4, "padding": 11, "output_padding": 1}),
     "long line": (1, 1, 4, 4, (1500,), (8,), {"stride": 4, "padding": 2}),
@@ -132,6 +137,8 @@ CASES = {
     "few output channels, gaps": (2, 1, 9, 2, (5, 40), (2, 4), {"stride": (3, 7), "dilation": (1, 2)}),
     "few output channels, padding larger than the input": (2, 1, 9, 3, (4, 3), (9, 9), {"stride": 2, "padding": 6}),
     "few output channels, volume": (2, 1, 9, 3, (3, 4, 17), (4, 4, 4), {"stride": 2, "padding": 1}),
+    "few output channels, wide dilation": (1, 1, 20, 3, (70, 60), (3, 3), {"dilation": 150, "padding": 100}),
+    "few output channels, dilation without end": (1, 1, 6, 3, (3, 4), (3, 3), {"dilation": 2**29, "padding": 2**29}),
     "two output channels of a group": (2, 2, 3, 2, (20,), (6,), {"stride": 2, "padding": 2}),
     "volume": (2, 1, 5, 9, (3, 4, 5), (4, 3, 4), {"stride": (2, 1, 2), "padding": 1}),
     "volume, one pixel": (2, 1, 5, 9, (1, 1, 1), (4, 4, 4), {"stride": 2, "padding": 1}),
@@ -255,15 +262,40 @@ def test_the_same_bits_again_and_for_any_number_of_threads(dtype):
         torch.set_num_threads(before)
 
 
-def test_infinities_and_nan_spread_no_further_than_their_taps():
-    for groups, inputs, outputs in ((1, 4, 6), (1, 5, 2), (10, 1, 1)):
-        for bad in (float("nan"), float("inf")):
-            input, weight = make_inputs(1, groups, inputs, outputs, (9, 9), (3, 3))
-            input[0, 1, 4, 4] = bad
-            out = convolve(input, weight, stride=2, groups=groups)
-            expected = definition(input, weight, stride=2, groups=groups)
-            assert torch.equal(out.isfinite(), expected.isfinite())
-            assert torch.equal(out.isnan(), expected.isnan())
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("groups", "inputs", "outputs", "size", "kernel", "options"),
+    [
+        (1, 4, 6, (9, 9), (3, 3), {"stride": 2}),
+        (1, 5, 2, (9, 9), (3, 3), {"stride": 2}),
+        (1, 6, 3, (5, 20), (4, 4), {"stride": 2, "padding": 1}),
+        (2, 3, 1, (4, 5), (3, 5), {"stride": (1, 3), "dilation": (2, 1), "padding": 2}),
+        (1, 5, 4, (40,), (7,), {"padding": 3}),
+        (1, 3, 2, (3, 4, 5), (3, 2, 4), {"stride": 2, "padding": 1}),
+        (10, 1, 1, (9, 9), (3, 3), {"stride": 2, "padding": 1}),
+    ],
+)
+def test_infinities_and_nan_spread_no_further_than_their_taps(
+    groups, inputs, outputs, size, kernel, options, dtype, level
+):
+    """Of a pixel, and of a weight: not even to outputs beside the image, where its tap has nothing to multiply."""
+    tensors = make_inputs(2, groups, inputs, outputs, size, kernel, dtype)
+    bad = [float("inf"), -float("inf"), float("nan")]
+    for changed, place, value in itertools.product((0, 1), (0, 0.5, 1), bad):
+        input, weight = (x.clone() for x in tensors)
+        x = (input, weight)[changed].view(-1)
+        x[int(place * (x.numel() - 1))] = value
+        expected = definition(input, weight, groups=groups, **options)
+        out = convolve(input, weight, groups=groups, **options)
+        packed = torch.ops.gpt4fast.conv_transpose_pack(weight, groups, False)
+        assert torch.equal(convolve(input, weight, groups=groups, **options, packed=packed).isnan(), out.isnan())
+        assert torch.equal(out.isnan(), expected.isnan())
+        assert torch.equal(out.isinf(), expected.isinf())
+        assert torch.equal(out[out.isinf()].double(), expected[out.isinf()])
+        finite = out.isfinite()
+        assert finite.any() and not finite.all()
+        error = (out[finite].double() - expected[finite]).norm()
+        assert error <= 2 * torch.finfo(dtype).eps * expected[finite].norm()
 
 
 def test_winograds_infinities_spread_no_further_either():

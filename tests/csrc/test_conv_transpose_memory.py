@@ -16,10 +16,10 @@ pytestmark = [
 MEASURE = """
 import ctypes, sys, torch, gpt4fast
 op = torch.ops.gpt4fast.conv_transpose_forward
-batch, groups, inputs, outputs, size, kernel, stride, padding, winograd, channels_last = eval(sys.argv[1])
+batch, groups, inputs, outputs, size, kernel, stride, padding, dilation, winograd, channels_last = eval(sys.argv[1])
 torch.set_num_threads(2)
 dims = len(size)
-geometry = [stride] * dims, [padding] * dims, [0] * dims, groups, [1] * dims
+geometry = [stride] * dims, [padding] * dims, [0] * dims, groups, [dilation] * dims
 def peak(reset=False):
     if reset:
         ctypes.CDLL(None).malloc_trim(0)  # free pages that are kept would serve the call unseen
@@ -41,14 +41,18 @@ print(run(batch, size))
 @pytest.mark.parametrize(
     "call",
     [
-        "64, 1, 512, 256, [4, 4], 4, 2, 1, False, False",
-        "64, 1, 512, 256, [4, 4], 4, 2, 1, True, False",
-        "1, 1, 1024, 128, [64, 64], 4, 2, 1, True, True",
-        "4, 1, 128, 64, [128, 128], 4, 2, 1, False, True",
-        "16, 1, 64, 3, [64, 64], 4, 2, 1, False, False",
-        "8, 128, 1, 1, [64, 64], 4, 2, 1, False, False",
-        "8, 1, 128, 64, [6400], 4, 2, 1, True, False",
-        "1, 1, 64, 32, [24, 24, 24], 4, 2, 1, True, False",
+        "64, 1, 512, 256, [4, 4], 4, 2, 1, 1, False, False",
+        "64, 1, 512, 256, [4, 4], 4, 2, 1, 1, True, False",
+        "1, 1, 1024, 128, [64, 64], 4, 2, 1, 1, True, True",
+        "4, 1, 128, 64, [128, 128], 4, 2, 1, 1, False, True",
+        "16, 1, 64, 3, [64, 64], 4, 2, 1, 1, False, False",
+        "8, 128, 1, 1, [64, 64], 4, 2, 1, 1, False, False",
+        "8, 1, 128, 64, [6400], 4, 2, 1, 1, True, False",
+        "1, 1, 64, 32, [24, 24, 24], 4, 2, 1, 1, True, False",
+        "1, 1, 64, 3, [200, 200], 3, 1, 90, 90, False, False",
+        "1, 1, 64, 32, [200, 200], 3, 1, 90, 90, False, False",
+        "1, 16, 4, 4, [200, 200], 3, 1, 90, 90, False, False",
+        "1, 64, 1, 1, [200, 200], 3, 1, 90, 90, False, False",
     ],
 )
 def test_peak_memory_beyond_input_weight_and_output(call):

@@ -185,3 +185,12 @@ def test_a_pack_of_something_else_is_not_used():
         assert torch.equal(torch.ops.gpt4fast.conv_transpose_forward(x, weight, *arguments, pack), expected)
     with pytest.raises(RuntimeError, match="packed"):
         torch.ops.gpt4fast.conv_transpose_forward(x, weight, *arguments, other.float())
+
+
+def test_a_pack_for_other_groups_is_not_used():
+    """Which may have as many bytes."""
+    x, weight = torch.randn(1, 6, 5, 5), torch.randn(6, 2, 3, 3)
+    arguments = (None, [1, 1], [0, 0], [0, 0], 3, [1, 1], None, None, "none", 0.0, False)
+    expected = torch.ops.gpt4fast.conv_transpose_forward(x, weight, *arguments)
+    other = torch.ops.gpt4fast.conv_transpose_pack(weight, 1)
+    assert torch.equal(torch.ops.gpt4fast.conv_transpose_forward(x, weight, *arguments, other), expected)
