@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(DecodeConfig<scalar_t, cache_t, kWidth>::kThre
   for (int row = warp; row < kDecodeRows; row += Config::kWarps) {
     const Row place(p, kv_head, part, row, first, length);
     const scalar_t* from = query + place.head * p.query_strides[1] + place.token * p.query_strides[2];
-    for (int column = lane; column < up_to_16(head_dim); column += 32) {
+    for (int column = lane; column < kWidth; column += 32) {
       float number = 0.0f;
       if (place.exists && column < head_dim) {
         number = read_turned(p, from, p.query_strides[3], column, place.position);
@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(DecodeConfig<scalar_t, cache_t, kWidth>::kThre
   const Row rows[2] = {Row(p, kv_head, part, lane / 4, first, length),
                        Row(p, kv_head, part, lane / 4 + 8, first, length)};
   const float scale = p.softcap != 0.0f ? p.scale / p.softcap : p.scale * kLog2E;
-  float slopes[2] = {}, peaks[2] = {-kInfinity, -kInfinity}, totals[2] = {}, out[kWidth / 8][4] = {};
+  float slopes[2] = {}, peaks[2] = {-kInfinity, -kInfinity}, totals[2] = {}, out[1][kWidth / 8][4] = {};
   for (int i = 0; i < 2; ++i) {
     if (p.alibi_slopes && rows[i].exists) {
       slopes[i] = kLog2E * p.alibi_slopes[batch * p.alibi_strides[0] + rows[i].head * p.alibi_strides[1]];
@@ -128,13 +128,13 @@ __global__ void __launch_bounds__(DecodeConfig<scalar_t, cache_t, kWidth>::kThre
     }
     commit_copies();
   };
-  const auto next_tile = [&](int step, int columns) -> const scalar_t* {
+  const auto next_tile = [&](int step) -> const scalar_t* {
     wait_for_copies<kTiles - 2>();
     __syncwarp();                // everyone's copies are there, and everyone is done with the tile before
     request(step + kTiles - 1);  // which is overwritten
     const cache_t* tile = shared.cache.tiles[warp][step % kTiles];
     if constexpr (Config::kIsQuantized) {
-      convert_tile<scalar_t, kWidth>(tile, shared.cache.numbers[warp], columns);
+      convert_tile<scalar_t, kWidth>(tile, shared.cache.numbers[warp]);
       __syncwarp();
       return shared.cache.numbers[warp];
     } else {
@@ -146,15 +146,15 @@ __global__ void __launch_bounds__(DecodeConfig<scalar_t, cache_t, kWidth>::kThre
     request(step);
   }
   for (int step = 0; step < steps; step += 2) {
-    float scores[2][4] = {};
-    add_scores<scalar_t, kWidth, kDecodeKeys>(scores, shared.query, next_tile(step, head_dim), head_dim);
+    float scores[1][2][4] = {};
+    add_scores<scalar_t, kWidth, kDecodeKeys>(scores, shared.query, next_tile(step));
     const int first_column = (begin + step / 2) * kBlockKeys + warp * kDecodeKeys + lane % 4 * 2;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       float peak = peaks[i];
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
-        float& score = scores[n / 2][2 * i + n % 2];
+        float& score = scores[0][n / 2][2 * i + n % 2];
         const int column = first_column + n / 2 * 8 + n % 2;
         float factor = scale;
         if constexpr (Config::kIsQuantized) {
@@ -174,27 +174,27 @@ __global__ void __launch_bounds__(DecodeConfig<scalar_t, cache_t, kWidth>::kThre
       totals[i] *= shrink;
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
-        float& score = scores[n / 2][2 * i + n % 2];
+        float& score = scores[0][n / 2][2 * i + n % 2];
         score = share(score, peak);
         totals[i] += score;
       }
       peaks[i] = peak;
 #pragma unroll
       for (int n = 0; n < kWidth / 8; ++n) {
-        out[n][2 * i] *= shrink;
-        out[n][2 * i + 1] *= shrink;
+        out[0][n][2 * i] *= shrink;
+        out[0][n][2 * i + 1] *= shrink;
       }
     }
-    const scalar_t* values = next_tile(step + 1, value_dim);
+    const scalar_t* values = next_tile(step + 1);
     if constexpr (Config::kIsQuantized) {
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
         const float scale = shared.cache.scales[warp][(step + 1) % kTiles][lane % 4 * 2 + n / 2 * 8 + n % 2];
-        scores[n / 2][n % 2] *= scale;
-        scores[n / 2][2 + n % 2] *= scale;
+        scores[0][n / 2][n % 2] *= scale;
+        scores[0][n / 2][2 + n % 2] *= scale;
       }
     }
-    add_values<scalar_t, kWidth, kDecodeKeys>(out, scores, values, value_dim);
+    add_values<scalar_t, kWidth, kDecodeKeys>(out, scores, values);
   }
 
   // The warps' sums, brought to one maximum.
@@ -221,10 +221,8 @@ __global__ void __launch_bounds__(DecodeConfig<scalar_t, cache_t, kWidth>::kThre
     const float factor = share(peaks[i], peak_of(row));
 #pragma unroll
     for (int n = 0; n < kWidth / 8; ++n) {
-      if (8 * n < value_dim) {
-        shared.sums[warp][row][8 * n + lane % 4 * 2] = out[n][2 * i] * factor;
-        shared.sums[warp][row][8 * n + lane % 4 * 2 + 1] = out[n][2 * i + 1] * factor;
-      }
+      shared.sums[warp][row][8 * n + lane % 4 * 2] = out[0][n][2 * i] * factor;
+      shared.sums[warp][row][8 * n + lane % 4 * 2 + 1] = out[0][n][2 * i + 1] * factor;
     }
   }
   __syncthreads();

@@ -52,7 +52,7 @@ __device__ __forceinline__ Entry find_entry(const DecodeLaunch& p, int64_t batch
 }
 
 // Copies 16 entries of a head, of which lane i has the offset of entry i % 16, or -1 where there is none: then zeros.
-// Columns up to a multiple of 16 are zero, too.
+// Columns behind the last are zero, too.
 template <typename cache_t, int kWidth>
 __device__ __forceinline__ void load_tile(cache_t* tile, const cache_t* head, int64_t offset, int64_t stride,
                                           int columns, bool is_wide) {
@@ -61,9 +61,6 @@ __device__ __forceinline__ void load_tile(cache_t* tile, const cache_t* head, in
   for (int step = 0; step < kDecodeKeys * kEach / 32; ++step) {
     const int i = step * 32 + static_cast<int>(threadIdx.x % 32), row = i / kEach, column = i % kEach * kCount;
     const int64_t from = __shfl_sync(0xFFFFFFFFu, offset, row);
-    if (column >= up_to_16(columns)) {
-      continue;
-    }
     cache_t* target = tile + row * padded_width<cache_t>(kWidth) + column;
     if (is_wide) {
       const bool valid = from >= 0 && column < columns;

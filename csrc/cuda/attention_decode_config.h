@@ -21,10 +21,6 @@ GPT4FAST_HOST_DEVICE constexpr int padded_width(int width) {
   return width + static_cast<int>(16 / sizeof(T));
 }
 
-GPT4FAST_HOST_DEVICE constexpr int up_to_16(int64_t count) {
-  return static_cast<int>((count + 15) / 16 * 16);
-}
-
 // Of one instantiation: rows of at most kWidth numbers, scalar_t in the query and cache_t in the caches.
 template <typename scalar_t, typename cache_t, int kWidth>
 struct DecodeConfig {

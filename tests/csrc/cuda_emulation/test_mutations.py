@@ -27,7 +27,7 @@ BARRIER, WARP_BARRIER = "__syncthreads();", "__syncwarp();"
 FAULTS = {
     "decode: tile not waited for": (DECODE, DECODE, "wait_for_copies<kTiles - 2>", "wait_for_copies<kTiles - 1>"),
     "decode: no barrier before a tile is read": (DECODE, DECODE, WARP_BARRIER + "                // every", "// every"),
-    "decode: no barrier after conversion": (DECODE, DECODE, f"columns);\n      {WARP_BARRIER}", "columns);"),
+    "decode: no barrier after conversion": (DECODE, DECODE, f"warp]);\n      {WARP_BARRIER}", "warp]);"),
     "decode: no barrier after the query": (DECODE, DECODE, f"  {BARRIER}\n\n  const Row rows", "\n  const Row rows"),
     "decode: no barrier before the sums": (
         DECODE,
@@ -57,10 +57,10 @@ FAULTS = {
     "attention: tile not waited for": (
         ATTENTION,
         ATTENTION,
-        "wait_for_copies<kTiles - 2>",
-        "wait_for_copies<kTiles - 1>",
+        "wait_for_copies<2 * kStages - 2>",
+        "wait_for_copies<2 * kStages - 1>",
     ),
-    "attention: no barrier in the loop": (ATTENTION, ATTENTION, BARRIER + "             // every", "// every"),
+    "attention: no barrier in the loop": (ATTENTION, ATTENTION, BARRIER + "  // every", "// every"),
     "attention: no barrier before the result": (
         ATTENTION,
         ATTENTION,
@@ -70,16 +70,28 @@ FAULTS = {
     "attention: no barrier after the result": (
         ATTENTION,
         ATTENTION,
-        f"  {WARP_BARRIER}\n  auto* result",
-        "  auto* result",
+        f"  {WARP_BARRIER}\n  const int first_warp_row",
+        "  const int first_warp_row",
     ),
     "attention: a future key is seen": (ATTENTION, ATTENTION, "query + offset + 1);", "query + offset + 2);"),
-    "attention: the next sequence's query": (ATTENTION, ATTENTION, "first + row < end;", "first + row <= end;"),
+    "attention: the next sequence's query": (ATTENTION, ATTENTION, "to = end - first;", "to = end - first + 1;"),
     "attention: a row too many": (
         ATTENTION,
         ATTENTION,
-        "row < sequence.query_length) {",
-        "row <= sequence.query_length) {",
+        "row < query_length) {",
+        "row <= query_length) {",
+    ),
+    "attention: keys of a tile that not all queries see": (
+        ATTENTION,
+        ATTENTION,
+        "wholes = as_key(upper(first_query)) / kKeys",
+        "wholes = as_key(upper(last_query)) / kKeys",
+    ),
+    "attention: keys before the first of a tile": (
+        ATTENTION,
+        ATTENTION,
+        "first_whole = (as_key(lower(last_query)) + kKeys - 1)",
+        "first_whole = (as_key(lower(first_query)) + kKeys - 1)",
     ),
     "attention: lane of a key": (ATTENTION, "attention_products.cuh", "lane / 8 % 2 * 8", "lane / 16 * 8"),
     "convolution: slice not waited for": (
@@ -144,6 +156,9 @@ def attention_battery(ops) -> None:
     assert_close(*make_inputs(1, 1, 1, 70, 90, 64, 64, torch.bfloat16))
     assert_close(*make_inputs(1, 2, 1, 5, 9, 7, 3, torch.float32), is_causal=True)
     assert_close(*make_inputs(1, 1, 1, 40, 9, 16, 16, torch.float16), kv_lengths=torch.tensor([0]))
+    assert_close(
+        *make_inputs(1, 1, 1, 70, 200, 16, 16, torch.float16), is_causal=True, window_left=80, query_offset=130
+    )
 
 
 def convolution_battery(ops) -> None:
