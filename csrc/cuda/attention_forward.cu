@@ -172,10 +172,10 @@ __global__ void __launch_bounds__(AttentionConfig<scalar_t, kWidth>::kThreads, 1
   const bool is_plain = p.softcap == 0.0f && !p.alibi_slopes && p.scale > 0.0f;
   const float factor = is_plain ? p.scale * kLog2E : 1.0f;
   const int first_row = first_query + Config::kWarpRows * warp + lane / 4;  // of a lane, which has each 8th below
-  float peaks[kParts][2], totals[kParts][2] = {}, out[kParts][kWidth / 8][4] = {};
+  float peaks[2 * kParts], totals[2 * kParts] = {}, out[kParts][kWidth / 8][4] = {};
 #pragma unroll
-  for (auto& pair : peaks) {
-    pair[0] = pair[1] = -kInfinity;
+  for (float& peak : peaks) {
+    peak = -kInfinity;
   }
   query.template load<kRows>(shared.query, first_query, 0, query_length);
 #pragma unroll
@@ -192,29 +192,19 @@ __global__ void __launch_bounds__(AttentionConfig<scalar_t, kWidth>::kThreads, 1
     request(values, shared.values, tile + kStages - 1);
     add_scores<scalar_t, kWidth, kKeys, kParts>(scores, shared.query + Config::kWarpRows * warp * kStride,
                                                 shared.keys[tile % kStages]);
-    // Calls change(score, part, half, column) for each of a lane's scores.
-    const auto for_each_score = [&](auto change) {
-#pragma unroll
-      for (int i = 0; i < 2 * kParts; ++i) {
-#pragma unroll
-        for (int n = 0; n < kKeys / 4; ++n) {
-          change(scores[i / 2][n / 2][2 * (i % 2) + n % 2], i, n / 2 * 8 + n % 2);
-        }
-      }
-    };
     const int first_column = tile * kKeys + lane % 4 * 2;
     if (!is_plain) {
       if (p.softcap != 0.0f) {
         const float scale = p.scale / p.softcap, cap = p.softcap * kLog2E;
-        for_each_score([&](float& score, int, int) { score = cap * tanhf(scale * score); });
+        for_each_score(scores, [&](float& score, int, int) { score = cap * tanhf(scale * score); });
       } else {
         const float scale = p.scale * kLog2E;
-        for_each_score([&](float& score, int, int) { score *= scale; });
+        for_each_score(scores, [&](float& score, int, int) { score *= scale; });
       }
       if (p.alibi_slopes) {
         const float slope = kLog2E * p.alibi_slopes[batch * p.alibi_strides[0] + head * p.alibi_strides[1]];
         const auto distance = static_cast<float>(first_row + offset - first_column);
-        for_each_score([&](float& score, int i, int column) {
+        for_each_score(scores, [&](float& score, int i, int column) {
           score -= slope * fabsf(distance + static_cast<float>(8 * i - column));
         });
       }
@@ -227,38 +217,11 @@ __global__ void __launch_bounds__(AttentionConfig<scalar_t, kWidth>::kThreads, 1
         from[i] = static_cast<int>(min(max(lower(row) - first_column, int64_t{-kKeys}), int64_t{kKeys}));
         to[i] = static_cast<int>(min(max(upper(row) - first_column, int64_t{-kKeys}), int64_t{kKeys}));
       }
-      for_each_score(
-          [&](float& score, int i, int column) { score = from[i] <= column && column < to[i] ? score : -kInfinity; });
+      for_each_score(scores, [&](float& score, int i, int column) {
+        score = from[i] <= column && column < to[i] ? score : -kInfinity;
+      });
     }
-#pragma unroll
-    for (int part = 0; part < kParts; ++part) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        float peak = -kInfinity;
-#pragma unroll
-        for (int n = 0; n < kKeys / 4; ++n) {
-          peak = fmaxf(peak, scores[part][n / 2][2 * i + n % 2]);
-        }
-        peak = fmaxf(peak, __shfl_xor_sync(0xFFFFFFFFu, peak, 1));
-        peak = fmaxf(peak, __shfl_xor_sync(0xFFFFFFFFu, peak, 2));
-        peak = fmaxf(peaks[part][i], peak * factor);
-        const float shrink = share(peaks[part][i], peak), origin = origin_of(peak);
-        float total = totals[part][i] * shrink;
-        peaks[part][i] = peak;
-#pragma unroll
-        for (int n = 0; n < kKeys / 4; ++n) {
-          float& score = scores[part][n / 2][2 * i + n % 2];
-          score = exp2_fast(score * factor - origin);
-          total += score;
-        }
-        totals[part][i] = total;
-#pragma unroll
-        for (int n = 0; n < kWidth / 8; ++n) {
-          out[part][n][2 * i] *= shrink;
-          out[part][n][2 * i + 1] *= shrink;
-        }
-      }
-    }
+    exponentiate(scores, factor, peaks, totals, out);
     wait();
     request(keys, shared.keys, tile + kStages);
     add_values<scalar_t, kWidth, kKeys, kParts>(out, scores, shared.values[tile % kStages]);
@@ -270,7 +233,7 @@ __global__ void __launch_bounds__(AttentionConfig<scalar_t, kWidth>::kThreads, 1
   scalar_t* rows = shared.query + Config::kWarpRows * warp * kStride;
 #pragma unroll
   for (int i = 0; i < 2 * kParts; ++i) {
-    float total = totals[i / 2][i % 2];
+    float total = totals[i];
     total += __shfl_xor_sync(0xFFFFFFFFu, total, 1);
     total += __shfl_xor_sync(0xFFFFFFFFu, total, 2);
     const float share_of_one = total == 0.0f ? 0.0f : 1.0f / total;
@@ -285,7 +248,7 @@ __global__ void __launch_bounds__(AttentionConfig<scalar_t, kWidth>::kThreads, 1
     const int row = first_row + 8 * i;
     if (lane % 4 == 0 && row < query_length) {
       p.lse[(batch_in_memory * p.query_heads + head) * p.query_length + sequence.query_begin + row] =
-          total == 0.0f ? -kInfinity : (peaks[i / 2][i % 2] + log2f(total)) * kLn2;
+          total == 0.0f ? -kInfinity : (peaks[i] + log2f(total)) * kLn2;
     }
   }
   __syncwarp();

@@ -127,6 +127,55 @@ __device__ __forceinline__ void add_values(float (&out)[kParts][kWidth / 8][4],
   }
 }
 
+// Calls change(score, i, column) for each of a lane's scores, which is in row lane / 4 + 8 * i and so many columns
+// behind lane % 4 * 2.
+template <int kParts, int kTiles, typename Change>
+__device__ __forceinline__ void for_each_score(float (&scores)[kParts][kTiles][4], Change change) {
+#pragma unroll
+  for (int i = 0; i < 2 * kParts; ++i) {
+#pragma unroll
+    for (int n = 0; n < 2 * kTiles; ++n) {
+      change(scores[i / 2][n / 2][2 * (i % 2) + n % 2], i, n / 2 * 8 + n % 2);
+    }
+  }
+}
+
+// A step of softmax: scores become 2^(factor * score - peak), and what was summed up before is brought to the new peak
+// of its row. totals are of a lane's own columns.
+template <int kParts, int kTiles, int kColumns>
+__device__ __forceinline__ void exponentiate(float (&scores)[kParts][kTiles][4], float factor,
+                                             float (&peaks)[2 * kParts], float (&totals)[2 * kParts],
+                                             float (&out)[kParts][kColumns][4]) {
+#pragma unroll
+  for (int i = 0; i < 2 * kParts; ++i) {
+    auto& rows = scores[i / 2];
+    const int half = 2 * (i % 2);
+    float peak = -kInfinity;
+#pragma unroll
+    for (int n = 0; n < 2 * kTiles; ++n) {
+      peak = fmaxf(peak, rows[n / 2][half + n % 2]);
+    }
+    peak = fmaxf(peak, __shfl_xor_sync(0xFFFFFFFFu, peak, 1));
+    peak = fmaxf(peak, __shfl_xor_sync(0xFFFFFFFFu, peak, 2));
+    peak = fmaxf(peaks[i], peak * factor);
+    const float shrink = share(peaks[i], peak), origin = origin_of(peak);
+    float total = totals[i] * shrink;
+    peaks[i] = peak;
+#pragma unroll
+    for (int n = 0; n < 2 * kTiles; ++n) {
+      float& score = rows[n / 2][half + n % 2];
+      score = exp2_fast(score * factor - origin);
+      total += score;
+    }
+    totals[i] = total;
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n) {
+      out[i / 2][n][half] *= shrink;
+      out[i / 2][n][half + 1] *= shrink;
+    }
+  }
+}
+
 // int8 numbers as scalar_t. A warp does the whole tile.
 template <typename scalar_t, int kWidth>
 __device__ __forceinline__ void convert_tile(const int8_t* tile, scalar_t* numbers) {

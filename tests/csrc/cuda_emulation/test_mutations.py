@@ -26,7 +26,7 @@ BARRIER, WARP_BARRIER = "__syncthreads();", "__syncwarp();"
 # (source of the operator, file, what stands there, what is planted)
 FAULTS = {
     "decode: tile not waited for": (DECODE, DECODE, "wait_for_copies<kTiles - 2>", "wait_for_copies<kTiles - 1>"),
-    "decode: no barrier before a tile is read": (DECODE, DECODE, WARP_BARRIER + "                // every", "// every"),
+    "decode: no barrier before a tile is read": (DECODE, DECODE, WARP_BARRIER + "  // every", "// every"),
     "decode: no barrier after conversion": (DECODE, DECODE, f"warp]);\n      {WARP_BARRIER}", "warp]);"),
     "decode: no barrier after the query": (DECODE, DECODE, f"  {BARRIER}\n\n  const Row rows", "\n  const Row rows"),
     "decode: no barrier before the sums": (
@@ -37,15 +37,15 @@ FAULTS = {
     ),
     "decode: no barrier after the sums": (DECODE, DECODE, f"{BARRIER}\n  for (int row", "\n  for (int row"),
     "decode: future keys are seen": (DECODE, "attention_decode_cache.cuh", "position + 1 : 0", "position + 2 : 0"),
-    "decode: an entry too many": (DECODE, DECODE, "key < length ? find", "key <= length ? find"),
+    "decode: an entry too many": (DECODE, "attention_decode_cache.cuh", "row < to; }", "row <= to; }"),
     "decode: the wrong slot": (DECODE, DECODE, "tiles[warp][step % kTiles]", "tiles[warp][(step + 1) % kTiles]"),
     "decode: lane of a weight": (DECODE, "attention_products.cuh", "key % 8 / 2", "key % 4 / 2"),
     "decode: lane of a matrix": (DECODE, "attention_products.cuh", "values + lane % 16", "values + lane % 8"),
     "decode: half a warp's largest": (
         DECODE,
         "attention_decode_cache.cuh",
-        "distance = 16; distance > 0; distance /= 2) {\n    value",
-        "distance = 8; distance > 0; distance /= 2) {\n    value",
+        "distance = 16; distance > 0; distance /= 2) {\n    value = fmaxf",
+        "distance = 8; distance > 0; distance /= 2) {\n    value = fmaxf",
     ),
     "decode: place in a block": (DECODE, "attention_decode_cache.cuh", "index % size}", "index % size + 1}"),
     "decode: last token is left out": (
@@ -110,20 +110,20 @@ FAULTS = {
     "convolution: no barrier after the sums": (
         CONVOLUTION,
         CONVOLUTION,
-        f"{BARRIER}\n  const auto finish",
-        "\n  const auto finish",
+        f"{BARRIER}\n  auto* out",
+        "\n  auto* out",
     ),
     "convolution: a column beside the image": (CONVOLUTION, CONVOLUTION, "w < p.in_size[2]", "w <= p.in_size[2]"),
     "convolution: taps the other way round": (
         CONVOLUTION,
         CONVOLUTION,
-        "- tap_w * p.shift_steps",
-        "+ tap_w * p.shift_steps",
+        "shared.place[2][row] - shift_w",
+        "shared.place[2][row] + shift_w",
     ),
-    "convolution: a channel too many": (CONVOLUTION, CONVOLUTION, "output < outputs", "output <= outputs"),
+    "convolution: a channel too many": (CONVOLUTION, CONVOLUTION, "i < columns);", "i <= columns);"),
     "convolution: a pixel too many": (
         CONVOLUTION,
-        CONVOLUTION,
+        "conv_transpose_phase.cuh",
         "residue + stride - 1) / stride",
         "residue + stride) / stride",
     ),
@@ -132,6 +132,18 @@ FAULTS = {
         "conv_transpose_products.cuh",
         "lane / 8 % 2 * 16",
         "lane / 16 * 16",
+    ),
+    "convolution: a channel too many of a weight as it is": (
+        CONVOLUTION,
+        CONVOLUTION,
+        "column < columns);",
+        "column <= columns);",
+    ),
+    "convolution: lane of a weight as it is": (
+        CONVOLUTION,
+        "conv_transpose_products.cuh",
+        "channels + lane % 16",
+        "channels + lane % 8",
     ),
     "layout: no barrier": (CONVOLUTION, "conv_transpose_layout.cuh", BARRIER, ""),
     "layout: a channel too many": (
@@ -164,7 +176,10 @@ def attention_battery(ops) -> None:
 def convolution_battery(ops) -> None:
     for name, dtype in (("doubling", torch.float16), ("odd channels", torch.float32), ("groups", torch.bfloat16)):
         input, weight, bias, geometry = convolution.operands(name, dtype)
-        convolution.check(convolution.convolve(ops, input, weight, bias, geometry), input, weight, bias, geometry)
+        layouts = [torch.channels_last] if name == "doubling" else []
+        for layout in (torch.contiguous_format, *layouts):
+            output = convolution.convolve(ops, input, weight.contiguous(memory_format=layout), bias, geometry)
+            convolution.check(output, input, weight, bias, geometry)
 
 
 def affine_battery(ops) -> None:
