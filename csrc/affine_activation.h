@@ -61,6 +61,9 @@ inline const float* channel_parameter(const std::optional<torch::stable::Tensor>
                   input.size(1), "), one number per channel of input, but its shape is ", shape_of(*parameter));
   STD_TORCH_CHECK(is_native_dtype(parameter->scalar_type()), "expected ", name,
                   " to be float32, bfloat16 or float16, but its dtype is ", name_of(parameter->scalar_type()));
+  if (parameter->scalar_type() == torch::headeronly::ScalarType::Float && parameter->is_contiguous()) {
+    return parameter->const_data_ptr<float>();  // what follows goes through torch's dispatcher twice
+  }
   storage = torch::stable::contiguous(torch::stable::to(*parameter, torch::headeronly::ScalarType::Float));
   return static_cast<const float*>(storage.const_data_ptr());
 }

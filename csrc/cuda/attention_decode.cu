@@ -24,7 +24,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
 
-constexpr unsigned kCombineThreads = 128;
+constexpr int kCombineThreads = 128;
 
 template <typename scalar_t, typename cache_t, int kWidth>
 struct alignas(16) DecodeShared {
@@ -51,9 +51,15 @@ __global__ void __launch_bounds__(DecodeConfig<scalar_t, cache_t, kWidth>::kThre
   constexpr int kTiles = Config::kTiles, kBlockKeys = Config::kBlockKeys;
   auto& shared = shared_memory<DecodeShared<scalar_t, cache_t, kWidth>>();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const auto block = static_cast<int64_t>(blockIdx.x);
-  const int64_t split = block % p.splits, part = block / p.splits % p.parts;
-  const int64_t kv_head = block / (p.splits * p.parts) % p.kv_heads, batch = block / (p.splits * p.parts * p.kv_heads);
+  const auto splits = static_cast<uint32_t>(p.splits), parts = static_cast<uint32_t>(p.parts),
+             kv_heads = static_cast<uint32_t>(p.kv_heads);
+  uint32_t block = blockIdx.x;
+  const uint32_t split = block % splits;
+  block /= splits;
+  const uint32_t part = block % parts;
+  block /= parts;
+  const uint32_t kv_head = block % kv_heads;
+  const int64_t batch = block / kv_heads;
 
   // The keys that any query sees, and this block's share of them.
   const int64_t added = p.appends ? p.query_length : 0;
@@ -68,6 +74,49 @@ __global__ void __launch_bounds__(DecodeConfig<scalar_t, cache_t, kWidth>::kThre
   if (p.appends) {
     append<scalar_t, cache_t, kWidth>(p, batch, kv_head, split == 0 ? 0 : int64_t{begin} * kBlockKeys,
                                       int64_t{end} * kBlockKeys, Config::kWarps);
+    __syncthreads();
+  }
+
+  // Tiles of keys and of values take turns. Where a tile lies is looked up one ahead.
+  const CacheRows<cache_t, kWidth> keys(p.key, p.key_strides, kv_head, p.head_dim, p.key_is_wide),
+      values(p.value, p.value_strides, kv_head, p.value_dim, p.value_is_wide);
+  const int steps = 2 * max(end - begin, 0);
+  int key = begin * kBlockKeys + warp * kDecodeKeys;
+  Tile tile(p, batch, key, first, length), upcoming = tile;
+  const auto request = [&](int step, bool is_key) {
+    if (step < steps) {
+      const int slot = step % kTiles;
+      if (is_key) {
+        tile = upcoming;
+        key += kBlockKeys;
+        upcoming = Tile(p, batch, key, first, length);
+      }
+      (is_key ? keys : values).load(shared.cache.tiles[warp][slot], tile, p.has_whole_tiles);
+      if (Config::kIsQuantized && lane < kDecodeKeys) {
+        const float* scales = is_key ? p.key_scales : p.value_scales;
+        const auto& strides = is_key ? p.key_scale_strides : p.value_scale_strides;
+        const int64_t offset = tile.entry.offset(strides[0], strides[2]) + kv_head * strides[1];
+        copy_async<4>(&shared.cache.scales[warp][slot][lane], scales + offset, tile.has(lane));
+      }
+    }
+    commit_copies();
+  };
+  const auto next_tile = [&](int step, bool is_key) -> const scalar_t* {
+    wait_for_copies<kTiles - 2>();
+    __syncwarp();  // everyone's copies are there, and everyone is done with the tile that is overwritten now
+    request(step + kTiles - 1, is_key == (kTiles % 2 == 1));
+    const cache_t* numbers = shared.cache.tiles[warp][step % kTiles];
+    if constexpr (Config::kIsQuantized) {
+      convert_tile<scalar_t, kWidth>(numbers, shared.cache.numbers[warp]);
+      __syncwarp();
+      return shared.cache.numbers[warp];
+    } else {
+      return numbers;
+    }
+  };
+#pragma unroll
+  for (int step = 0; step < kTiles - 1; ++step) {
+    request(step, step % 2 == 0);
   }
 
   const auto* query = static_cast<const scalar_t*>(p.query) + batch * p.query_strides[0];
@@ -75,7 +124,7 @@ __global__ void __launch_bounds__(DecodeConfig<scalar_t, cache_t, kWidth>::kThre
   for (int row = warp; row < kDecodeRows; row += Config::kWarps) {
     const Row place(p, kv_head, part, row, first, length);
     const scalar_t* from = query + place.head * p.query_strides[1] + place.token * p.query_strides[2];
-    for (int column = lane; column < up_to_16(head_dim); column += 32) {
+    for (int column = lane; column < kWidth; column += 32) {
       float number = 0.0f;
       if (place.exists && column < head_dim) {
         number = read_turned(p, from, p.query_strides[3], column, place.position);
@@ -88,113 +137,43 @@ __global__ void __launch_bounds__(DecodeConfig<scalar_t, cache_t, kWidth>::kThre
   const Row rows[2] = {Row(p, kv_head, part, lane / 4, first, length),
                        Row(p, kv_head, part, lane / 4 + 8, first, length)};
   const float scale = p.softcap != 0.0f ? p.scale / p.softcap : p.scale * kLog2E;
-  float slopes[2] = {}, peaks[2] = {-kInfinity, -kInfinity}, totals[2] = {}, out[kWidth / 8][4] = {};
+  float slopes[2] = {}, peaks[2] = {-kInfinity, -kInfinity}, totals[2] = {}, out[1][kWidth / 8][4] = {};
   for (int i = 0; i < 2; ++i) {
     if (p.alibi_slopes && rows[i].exists) {
       slopes[i] = kLog2E * p.alibi_slopes[batch * p.alibi_strides[0] + rows[i].head * p.alibi_strides[1]];
     }
   }
-
-  // Tiles of keys and of values take turns. Where an entry lies is looked up one tile ahead.
-  const int steps = 2 * max(end - begin, 0);
-  const auto find = [&](int key) { return first <= key && key < length ? find_entry(p, batch, key) : Entry{-1, 0}; };
-  int key = begin * kBlockKeys + warp * kDecodeKeys + lane % kDecodeKeys;
-  Entry entry{}, upcoming = find(key);
-  const auto request = [&](int step) {
-    if (step < steps) {
-      const bool is_key = step % 2 == 0;
-      if (is_key) {
-        entry = upcoming;
-        key += kBlockKeys;
-        upcoming = find(key);
-      }
-      // One call for both: it is long.
-      const auto pick = [&](const auto& of_key, const auto& of_value) { return is_key ? of_key : of_value; };
-      const int slot = step % kTiles;
-      const int64_t offset =
-          entry.offset(pick(p.key_strides[0], p.value_strides[0]), pick(p.key_strides[2], p.value_strides[2]));
-      load_tile<cache_t, kWidth>(
-          shared.cache.tiles[warp][slot],
-          static_cast<const cache_t*>(pick(p.key, p.value)) + kv_head * pick(p.key_strides[1], p.value_strides[1]),
-          entry.block < 0 ? -1 : offset, pick(p.key_strides[3], p.value_strides[3]), pick(head_dim, value_dim),
-          pick(p.key_is_wide, p.value_is_wide));
-      if (Config::kIsQuantized && lane < kDecodeKeys) {
-        const int64_t scale = entry.offset(pick(p.key_scale_strides[0], p.value_scale_strides[0]),
-                                           pick(p.key_scale_strides[2], p.value_scale_strides[2])) +
-                              kv_head * pick(p.key_scale_strides[1], p.value_scale_strides[1]);
-        copy_async<4>(&shared.cache.scales[warp][slot][lane],
-                      pick(p.key_scales, p.value_scales) + (entry.block < 0 ? 0 : scale), entry.block >= 0);
-      }
-    }
-    commit_copies();
-  };
-  const auto next_tile = [&](int step, int columns) -> const scalar_t* {
-    wait_for_copies<kTiles - 2>();
-    __syncwarp();                // everyone's copies are there, and everyone is done with the tile before
-    request(step + kTiles - 1);  // which is overwritten
-    const cache_t* tile = shared.cache.tiles[warp][step % kTiles];
-    if constexpr (Config::kIsQuantized) {
-      convert_tile<scalar_t, kWidth>(tile, shared.cache.numbers[warp], columns);
-      __syncwarp();
-      return shared.cache.numbers[warp];
-    } else {
-      return tile;
-    }
-  };
-
-  for (int step = 0; step < kTiles - 1; ++step) {
-    request(step);
-  }
+#pragma unroll 1
   for (int step = 0; step < steps; step += 2) {
-    float scores[2][4] = {};
-    add_scores<scalar_t, kWidth, kDecodeKeys>(scores, shared.query, next_tile(step, head_dim), head_dim);
+    float scores[1][2][4] = {};
+    add_scores<scalar_t, kWidth, kDecodeKeys>(scores, shared.query, next_tile(step, true));
     const int first_column = (begin + step / 2) * kBlockKeys + warp * kDecodeKeys + lane % 4 * 2;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      float peak = peaks[i];
-#pragma unroll
-      for (int n = 0; n < 4; ++n) {
-        float& score = scores[n / 2][2 * i + n % 2];
-        const int column = first_column + n / 2 * 8 + n % 2;
-        float factor = scale;
-        if constexpr (Config::kIsQuantized) {
-          factor *= shared.cache.scales[warp][step % kTiles][column % kDecodeKeys];
-        }
-        score *= factor;
-        if (p.softcap != 0.0f) {
-          score = p.softcap * kLog2E * tanhf(score);
-        }
-        score -= slopes[i] * fabsf(static_cast<float>(rows[i].position - column));
-        score = rows[i].lower <= column && column < rows[i].upper ? score : -kInfinity;
-        peak = fmaxf(peak, score);
+    for_each_score(scores, [&](float& score, int, int column) {
+      score *= scale;
+      if constexpr (Config::kIsQuantized) {
+        score *= shared.cache.scales[warp][step % kTiles][lane % 4 * 2 + column];
       }
-      peak = fmaxf(peak, __shfl_xor_sync(0xFFFFFFFFu, peak, 1));
-      peak = fmaxf(peak, __shfl_xor_sync(0xFFFFFFFFu, peak, 2));
-      const float shrink = share(peaks[i], peak);
-      totals[i] *= shrink;
-#pragma unroll
-      for (int n = 0; n < 4; ++n) {
-        float& score = scores[n / 2][2 * i + n % 2];
-        score = share(score, peak);
-        totals[i] += score;
-      }
-      peaks[i] = peak;
-#pragma unroll
-      for (int n = 0; n < kWidth / 8; ++n) {
-        out[n][2 * i] *= shrink;
-        out[n][2 * i + 1] *= shrink;
-      }
+    });
+    if (p.softcap != 0.0f) {
+      for_each_score(scores, [&](float& score, int, int) { score = p.softcap * kLog2E * tanhf(score); });
     }
-    const scalar_t* values = next_tile(step + 1, value_dim);
+    if (p.alibi_slopes) {
+      for_each_score(scores, [&](float& score, int i, int column) {
+        score -= slopes[i] * fabsf(static_cast<float>(rows[i].position - first_column - column));
+      });
+    }
+    for_each_score(scores, [&](float& score, int i, int column) {
+      column += first_column;
+      score = rows[i].lower <= column && column < rows[i].upper ? score : -kInfinity;
+    });
+    exponentiate(scores, 1.0f, peaks, totals, out);
+    const scalar_t* numbers = next_tile(step + 1, false);
     if constexpr (Config::kIsQuantized) {
-#pragma unroll
-      for (int n = 0; n < 4; ++n) {
-        const float scale = shared.cache.scales[warp][(step + 1) % kTiles][lane % 4 * 2 + n / 2 * 8 + n % 2];
-        scores[n / 2][n % 2] *= scale;
-        scores[n / 2][2 + n % 2] *= scale;
-      }
+      for_each_score(scores, [&](float& score, int, int column) {
+        score *= shared.cache.scales[warp][(step + 1) % kTiles][lane % 4 * 2 + column];
+      });
     }
-    add_values<scalar_t, kWidth, kDecodeKeys>(out, scores, values, value_dim);
+    add_values<scalar_t, kWidth, kDecodeKeys>(out, scores, numbers);
   }
 
   // The warps' sums, brought to one maximum.
@@ -221,10 +200,8 @@ __global__ void __launch_bounds__(DecodeConfig<scalar_t, cache_t, kWidth>::kThre
     const float factor = share(peaks[i], peak_of(row));
 #pragma unroll
     for (int n = 0; n < kWidth / 8; ++n) {
-      if (8 * n < value_dim) {
-        shared.sums[warp][row][8 * n + lane % 4 * 2] = out[n][2 * i] * factor;
-        shared.sums[warp][row][8 * n + lane % 4 * 2 + 1] = out[n][2 * i + 1] * factor;
-      }
+      shared.sums[warp][row][8 * n + lane % 4 * 2] = out[0][n][2 * i] * factor;
+      shared.sums[warp][row][8 * n + lane % 4 * 2 + 1] = out[0][n][2 * i + 1] * factor;
     }
   }
   __syncthreads();
@@ -263,29 +240,45 @@ __global__ void __launch_bounds__(DecodeConfig<scalar_t, cache_t, kWidth>::kThre
 // One query row: its parts, weighted by their sums.
 template <typename scalar_t>
 __global__ void __launch_bounds__(kCombineThreads) attention_decode_combine_kernel(const DecodeLaunch p) {
-  const auto index = static_cast<int64_t>(blockIdx.x);
-  const float *lse = p.part_lse + index * p.splits, *parts = p.part_out + index * p.splits * p.value_dim;
-  float peak = -kInfinity, total = 0.0f;
-  for (int64_t split = 0; split < p.splits; ++split) {
-    peak = fmaxf(peak, lse[split]);
+  struct Shared {
+    float weights[kMostDecodeSplits];
+  };
+  Shared& shared = shared_memory<Shared>();
+  const auto splits = static_cast<int>(p.splits), value_dim = static_cast<int>(p.value_dim);
+  const int thread = threadIdx.x, lane = thread % 32;
+  const float *lse = p.part_lse + blockIdx.x * p.splits, *parts = p.part_out + blockIdx.x * p.splits * p.value_dim;
+  // Every warp finds out the weights of all parts, a lane those of two.
+  float weights[2], peak = -kInfinity, total = 0.0f;
+  for (int i = 0; i < 2; ++i) {
+    weights[i] = lane + 32 * i < splits ? lse[lane + 32 * i] * kLog2E : -kInfinity;
+    peak = fmaxf(peak, weights[i]);
   }
-  for (int64_t split = 0; split < p.splits; ++split) {
-    total += share(lse[split] * kLog2E, peak * kLog2E);
+  peak = largest_of_warp(peak);
+  for (float& weight : weights) {
+    weight = share(weight, peak);
+    total += weight;
   }
+  total = sum_of_warp(total);
   const float factor = total == 0.0f ? 0.0f : 1.0f / total;
-  const int64_t token = index % p.query_length, head = index / p.query_length % p.query_heads,
-                batch = index / (p.query_length * p.query_heads);
-  auto* target =
-      static_cast<scalar_t*>(p.out) + batch * p.out_strides[0] + head * p.out_strides[1] + token * p.out_strides[2];
-  for (int64_t column = threadIdx.x; column < p.value_dim; column += kCombineThreads) {
-    float sum = 0.0f;
-    for (int64_t split = 0; split < p.splits; ++split) {
-      sum += parts[split * p.value_dim + column] * share(lse[split] * kLog2E, peak * kLog2E);
-    }
-    target[column] = static_cast<scalar_t>(sum * factor);
+  if (thread < 32) {
+    shared.weights[lane] = weights[0] * factor;
+    shared.weights[lane + 32] = weights[1] * factor;
   }
-  if (threadIdx.x == 0) {
-    p.lse[index] = total == 0.0f ? -kInfinity : peak + log2f(total) * kLn2;
+  __syncthreads();
+  const auto heads = static_cast<uint32_t>(p.query_heads), tokens = static_cast<uint32_t>(p.query_length);
+  const uint32_t row = blockIdx.x / tokens;
+  auto* target = static_cast<scalar_t*>(p.out) + row / heads * p.out_strides[0] + row % heads * p.out_strides[1] +
+                 blockIdx.x % tokens * p.out_strides[2];
+  for (int column = thread; column < value_dim; column += kCombineThreads) {
+    float sum = 0.0f;
+#pragma unroll 16
+    for (int split = 0; split < splits; ++split) {
+      sum += parts[split * value_dim + column] * shared.weights[split];
+    }
+    target[column] = static_cast<scalar_t>(sum);
+  }
+  if (thread == 0) {
+    p.lse[blockIdx.x] = total == 0.0f ? -kInfinity : (peak + log2f(total)) * kLn2;
   }
 }
 
@@ -307,7 +300,8 @@ void run(const Device& device, const Tensor& query, DecodeLaunch& p) {
   device.launch(attention_decode_kernel<scalar_t, cache_t, kWidth>, heads * p.parts * p.splits, Config::kThreads,
                 kSharedBytes, p);
   if (p.splits > 1) {
-    device.launch(attention_decode_combine_kernel<scalar_t>, heads * rows, kCombineThreads, 0, p);
+    device.launch(attention_decode_combine_kernel<scalar_t>, heads * rows, kCombineThreads,
+                  kMostDecodeSplits * sizeof(float), p);
   }
 }
 
@@ -338,6 +332,7 @@ std::tuple<Tensor, Tensor> decode(const Tensor& query, const Tensor& key_cache, 
   copy_strides(out, p.out_strides);
   p.key_is_wide = has_wide_rows(key_cache);
   p.value_is_wide = has_wide_rows(value_cache);
+  p.has_whole_tiles = !p.block_table || p.block_size % kDecodeKeys == 0;
   allow_access(query, false);
   allow_access(kv_lengths, false);
   for (const Optional* tensor : {&key, &value, &block_table, &cos, &sin, &kv_starts, &alibi_slopes}) {

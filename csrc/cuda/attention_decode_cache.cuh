@@ -15,20 +15,23 @@ struct DecodeLaunch : AttentionDecodeParams {
   float* part_out;                  // (B, Hq, Lq, splits, Dv), contiguous, or null where splits is 1
   float* part_lse;                  // (B, Hq, Lq, splits), likewise
   bool key_is_wide, value_is_wide;  // rows can be copied 16 bytes at a time
+  bool has_whole_tiles;             // 16 keys, at a multiple of 16, lie one after another
 };
 
-// A query row of a block, and the keys that it sees.
+// A query row of a block, and the keys that it sees. In 32 bits: a division of 64 takes the time of a memory access.
 struct Row {
   bool exists;
-  int64_t head, token;
-  int position, lower, upper;
+  int head, token, position, lower, upper;
 
-  __device__ __forceinline__ Row(const DecodeLaunch& p, int64_t kv_head, int64_t part, int row, int first, int length) {
-    const int64_t index = part * kDecodeRows + row, group = p.query_heads / p.kv_heads;
-    exists = index < group * p.query_length;
-    head = kv_head * group + index / p.query_length;
-    token = index % p.query_length;
-    position = length - static_cast<int>(p.query_length - token);
+  __device__ __forceinline__ Row(const DecodeLaunch& p, uint32_t kv_head, uint32_t part, int row, int first,
+                                 int length) {
+    const auto tokens = static_cast<uint32_t>(p.query_length);
+    const uint32_t group = static_cast<uint32_t>(p.query_heads) / static_cast<uint32_t>(p.kv_heads);
+    const uint32_t index = part * kDecodeRows + row;
+    exists = index < group * tokens;
+    head = static_cast<int>(kv_head * group + index / tokens);
+    token = static_cast<int>(index % tokens);
+    position = length - static_cast<int>(p.query_length) + token;
     lower = p.window_left < 0 ? first : max(first, position - static_cast<int>(p.window_left));
     upper = exists ? position + 1 : 0;
   }
@@ -51,31 +54,66 @@ __device__ __forceinline__ Entry find_entry(const DecodeLaunch& p, int64_t batch
   return {p.block_table[batch * p.blocks_per_row + index / size], index % size};
 }
 
-// Copies 16 entries of a head, of which lane i has the offset of entry i % 16, or -1 where there is none: then zeros.
-// Columns up to a multiple of 16 are zero, too.
-template <typename cache_t, int kWidth>
-__device__ __forceinline__ void load_tile(cache_t* tile, const cache_t* head, int64_t offset, int64_t stride,
-                                          int columns, bool is_wide) {
-  constexpr int kCount = 16 / sizeof(cache_t), kEach = kWidth / kCount;
-#pragma unroll
-  for (int step = 0; step < kDecodeKeys * kEach / 32; ++step) {
-    const int i = step * 32 + static_cast<int>(threadIdx.x % 32), row = i / kEach, column = i % kEach * kCount;
-    const int64_t from = __shfl_sync(0xFFFFFFFFu, offset, row);
-    if (column >= up_to_16(columns)) {
-      continue;
-    }
-    cache_t* target = tile + row * padded_width<cache_t>(kWidth) + column;
-    if (is_wide) {
-      const bool valid = from >= 0 && column < columns;
-      copy_async<16>(target, valid ? head + from + column : head, valid);
-    } else {
-#pragma unroll 1
-      for (int k = 0; k < kCount; ++k) {
-        target[k] = from >= 0 && column + k < columns ? head[from + (column + k) * stride] : static_cast<cache_t>(0.0f);
-      }
+// 16 keys, of which those from `from` up to `to` are there. A lane knows where key lane % 16 lies.
+struct Tile {
+  int from, to;
+  Entry entry;
+
+  __device__ __forceinline__ Tile(const DecodeLaunch& p, int64_t batch, int key, int first, int length)
+      : from(first - key), to(length - key), entry{0, 0} {
+    const int row = threadIdx.x % kDecodeKeys;
+    if (p.has_whole_tiles ? from < kDecodeKeys && to > 0 : has(row)) {
+      entry = find_entry(p, batch, key + row);
     }
   }
-}
+
+  __device__ __forceinline__ bool has(int row) const { return from <= row && row < to; }
+};
+
+// The keys of a head in a cache, or its values.
+template <typename cache_t, int kWidth>
+struct CacheRows {
+  static constexpr int kCount = 16 / sizeof(cache_t), kEach = kWidth / kCount, kStride = padded_width<cache_t>(kWidth);
+  const cache_t* head;
+  int64_t block_stride, stride, column_stride;
+  int columns;
+  bool is_wide;
+
+  __device__ __forceinline__ CacheRows(const void* cache, const int64_t (&strides)[4], int64_t head, int64_t columns,
+                                       bool is_wide)
+      : head(static_cast<const cache_t*>(cache) + head * strides[1]),
+        block_stride(strides[0]),
+        stride(strides[2]),
+        column_stride(strides[3]),
+        columns(static_cast<int>(columns)),
+        is_wide(is_wide) {}
+
+  // A warp copies a tile, with zeros for keys that are not there and behind the last column.
+  __device__ __forceinline__ void load(cache_t* target, const Tile& tile, bool has_whole_tiles) const {
+    const int lane = threadIdx.x % 32, first_row = lane / kEach, first_column = lane % kEach * kCount;
+    const int64_t offset = tile.entry.offset(block_stride, stride);
+    const auto copy = [&](auto source_of) {
+#pragma unroll
+      for (int i = 0; i < kDecodeKeys * kEach; i += 32) {
+        const int row = first_row + i / kEach, column = first_column + i % kEach * kCount;
+        copy_async<16>(target + row * kStride + column, source_of(i, row) + column, tile.has(row) && column < columns);
+      }
+    };
+    if (!is_wide) {
+#pragma unroll 1
+      for (int i = lane; i < kDecodeKeys * kWidth; i += 32) {
+        const int row = i / kWidth, column = i % kWidth;
+        const int64_t from = __shfl_sync(0xFFFFFFFFu, offset, row) + column * column_stride;
+        target[row * kStride + column] = tile.has(row) && column < columns ? head[from] : static_cast<cache_t>(0.0f);
+      }
+    } else if (has_whole_tiles) {
+      const cache_t* source = head + offset + (first_row - lane % kDecodeKeys) * stride;
+      copy([&](int i, int) { return source + i / kEach * stride; });
+    } else {
+      copy([&](int, int row) { return head + __shfl_sync(0xFFFFFFFFu, offset, row); });
+    }
+  }
+};
 
 // A number of a row, turned by the row's position (RoFormer; Su et al., 2021) where there are tables for it.
 template <typename scalar_t>
@@ -101,6 +139,13 @@ __device__ __forceinline__ float largest_of_warp(float value) {
   return value;
 }
 
+__device__ __forceinline__ float sum_of_warp(float value) {
+  for (int distance = 16; distance > 0; distance /= 2) {
+    value += __shfl_xor_sync(0xFFFFFFFFu, value, distance);
+  }
+  return value;
+}
+
 // A warp writes one row of the cache; where that is int8, its numbers times the scale that is written stand for it.
 template <typename cache_t, int kWidth, typename Read>
 __device__ __forceinline__ void write_row(cache_t* row, int64_t stride, int64_t columns, float* scale, Read read) {
@@ -115,9 +160,7 @@ __device__ __forceinline__ void write_row(cache_t* row, int64_t stride, int64_t 
   }
   float quotient = 1.0f;
   if constexpr (sizeof(cache_t) == 1) {
-    for (int distance = 16; distance > 0; distance /= 2) {
-      zero += __shfl_xor_sync(0xFFFFFFFFu, zero, distance);
-    }
+    zero = sum_of_warp(zero);
     quotient = largest_of_warp(largest) / 127.0f;
     quotient = quotient == 0.0f ? 1.0f : quotient;
     if (lane == 0) {

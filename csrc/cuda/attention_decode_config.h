@@ -21,16 +21,13 @@ GPT4FAST_HOST_DEVICE constexpr int padded_width(int width) {
   return width + static_cast<int>(16 / sizeof(T));
 }
 
-GPT4FAST_HOST_DEVICE constexpr int up_to_16(int64_t count) {
-  return static_cast<int>((count + 15) / 16 * 16);
-}
-
 // Of one instantiation: rows of at most kWidth numbers, scalar_t in the query and cache_t in the caches.
 template <typename scalar_t, typename cache_t, int kWidth>
 struct DecodeConfig {
   static constexpr bool kIsQuantized = sizeof(cache_t) == 1;
-  // A multiprocessor of compute capability 8.6 has 100 KiB, of which a block gets 99.
-  static constexpr int kSharedBytes = 96 << 10;
+  // Three blocks on a multiprocessor of 228 KiB, two of 164; of compute capability 8.6 it has 100, of which a block
+  // gets 99.
+  static constexpr int kSharedBytes = 74 << 10;
   static constexpr int kWarps = sizeof(scalar_t) == 4 && kWidth == 256 ? 2 : 4;
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kBlockKeys = kWarps * kDecodeKeys;
@@ -39,7 +36,7 @@ struct DecodeConfig {
   static constexpr int kNumberBytes = kDecodeKeys * padded_width<scalar_t>(kWidth) * sizeof(scalar_t);
   // Tiles of keys and of values that a warp holds or waits for: enough bytes in flight for the memory's latency.
   static constexpr int kTiles = std::clamp(
-      (kSharedBytes - kNumberBytes - (kIsQuantized ? kWarps * kNumberBytes : 0)) / (kWarps * (kTileBytes + 64)), 2, 8);
+      (kSharedBytes - kNumberBytes - (kIsQuantized ? kWarps * kNumberBytes : 0)) / (kWarps * (kTileBytes + 64)), 2, 4);
 };
 
 // Into how many parts the keys of a head are cut: so many that two blocks run on each multiprocessor, but each part

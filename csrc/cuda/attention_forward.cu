@@ -1,6 +1,6 @@
 // Attention of many queries (FlashAttention-2; Dao, 2023). A block takes a tile of a head's queries through the keys
 // that they see: tiles of keys and of values arrive by asynchronous copies while earlier ones are multiplied, each warp
-// keeps the maximum and the sums of its own 16 rows in registers, and the scores never leave them. Without mask,
+// keeps the maximum and the sums of its own 16 or 32 rows in registers, and the scores never leave them. Without mask,
 // dropout and gradient. Not yet run on a GPU.
 #include <optional>
 #include <tuple>
@@ -29,8 +29,9 @@ struct AttentionLaunch : AttentionForwardParams {
 template <typename scalar_t, int kWidth>
 struct alignas(16) AttentionShared {
   using Config = AttentionConfig<scalar_t, kWidth>;
+  static constexpr int kTile = Config::kKeys * padded_width<scalar_t>(kWidth);
   scalar_t query[Config::kRows * padded_width<scalar_t>(kWidth)];
-  scalar_t tiles[Config::kTiles][Config::kKeys * padded_width<scalar_t>(kWidth)];
+  scalar_t keys[Config::kStages][kTile], values[Config::kStages][kTile];
 };
 
 // A sequence's queries and keys: [begin, begin + length) of the tensors.
@@ -38,9 +39,9 @@ struct Sequence {
   int64_t batch, tile, query_begin, query_length, key_begin, key_length;
 
   // That of tile number `index` of all sequences; no queries where there is none.
-  __device__ __forceinline__ Sequence(const AttentionLaunch& p, int64_t index, int rows)
-      : batch(index / p.tiles),
-        tile(index % p.tiles),
+  __device__ __forceinline__ Sequence(const AttentionLaunch& p, uint32_t index, int rows)
+      : batch(index / static_cast<uint32_t>(p.tiles)),  // in 32 bits: 64 take the time of a memory access
+        tile(index % static_cast<uint32_t>(p.tiles)),
         query_begin(0),
         query_length(p.query_length),
         key_begin(0),
@@ -63,50 +64,72 @@ struct Sequence {
   }
 };
 
-// Copies kRows rows from `first` on, with zeros outside [begin, end) and in columns up to a multiple of 16.
-template <typename scalar_t, int kWidth, int kRows, int kThreads>
-__device__ __forceinline__ void load_rows(scalar_t* tile, const scalar_t* matrix, int64_t row_stride, int64_t stride,
-                                          int64_t first, int64_t begin, int64_t end, int columns, bool is_wide) {
-  constexpr int kCount = 16 / sizeof(scalar_t), kEach = kWidth / kCount;
-#pragma unroll
-  for (int step = 0; step < kRows * kEach / kThreads; ++step) {
-    const int i = step * kThreads + static_cast<int>(threadIdx.x), row = i / kEach, column = i % kEach * kCount;
-    if (column >= up_to_16(columns)) {
-      continue;
-    }
-    const bool exists = begin <= first + row && first + row < end;
-    const scalar_t* from = matrix + (exists ? (first + row) * row_stride : 0);
-    scalar_t* target = tile + row * padded_width<scalar_t>(kWidth) + column;
+// Rows of a head's queries, keys or values, of which a thread copies the same 16 bytes of every kStep-th.
+template <typename scalar_t, int kWidth, int kThreads>
+struct Rows {
+  static constexpr int kCount = 16 / sizeof(scalar_t), kEach = kWidth / kCount, kStep = kThreads / kEach;
+  const scalar_t* matrix;
+  int64_t row_stride, stride;
+  int first_row, column, columns;  // of them the thread's first row and column
+  bool is_wide;
+
+  __device__ __forceinline__ Rows(const void* tensor, const int64_t (&strides)[4], int64_t batch, int64_t head,
+                                  int64_t begin, int64_t columns, bool is_wide)
+      : matrix(static_cast<const scalar_t*>(tensor) + batch * strides[0] + head * strides[1] + begin * strides[2]),
+        row_stride(strides[2]),
+        stride(strides[3]),
+        first_row(static_cast<int>(threadIdx.x) / kEach),
+        column(static_cast<int>(threadIdx.x) % kEach * kCount),
+        columns(static_cast<int>(columns)),
+        is_wide(is_wide) {}
+
+  // Copies kRows rows from `first` on, with zeros outside [begin, end) and behind the last column.
+  template <int kRows>
+  __device__ __forceinline__ void load(scalar_t* tile, int first, int begin, int end) const {
+    static_assert(kRows % kStep == 0);
+    const int from = begin - first, to = end - first;
+    const scalar_t* source = matrix + (first + first_row) * row_stride + column * stride;
+    scalar_t* target = tile + first_row * padded_width<scalar_t>(kWidth) + column;
     if (is_wide) {
-      const bool valid = exists && column < columns;
-      copy_async<16>(target, valid ? from + column : matrix, valid);
+      const bool is_column = column < columns;
+#pragma unroll
+      for (int i = 0; i < kRows; i += kStep) {
+        const bool valid = is_column && from <= first_row + i && first_row + i < to;
+        copy_async<16>(target + i * padded_width<scalar_t>(kWidth), source, valid);
+        source += kStep * row_stride;
+      }
     } else {
 #pragma unroll 1
-      for (int k = 0; k < kCount; ++k) {
-        target[k] = exists && column + k < columns ? from[(column + k) * stride] : static_cast<scalar_t>(0.0f);
+      for (int i = 0; i < kRows / kStep * kCount; ++i) {
+        const int row = i / kCount * kStep, k = i % kCount;
+        const bool valid = from <= first_row + row && first_row + row < to && column + k < columns;
+        target[row * padded_width<scalar_t>(kWidth) + k] =
+            valid ? source[row * row_stride + k * stride] : static_cast<scalar_t>(0.0f);
       }
     }
   }
-}
+};
 
 template <typename scalar_t, int kWidth>
 __global__ void __launch_bounds__(AttentionConfig<scalar_t, kWidth>::kThreads, 1)
     attention_forward_kernel(const AttentionLaunch p) {
   using Config = AttentionConfig<scalar_t, kWidth>;
-  constexpr int kRows = Config::kRows, kKeys = Config::kKeys, kTiles = Config::kTiles, kThreads = Config::kThreads;
+  using HeadRows = Rows<scalar_t, kWidth, Config::kThreads>;
+  constexpr int kRows = Config::kRows, kKeys = Config::kKeys, kStages = Config::kStages, kParts = Config::kParts;
   constexpr int kStride = padded_width<scalar_t>(kWidth);
   auto& shared = shared_memory<AttentionShared<scalar_t, kWidth>>();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const auto block = static_cast<int64_t>(blockIdx.x);
-  const int64_t head = block % p.query_heads, kv_head = head / (p.query_heads / p.kv_heads);
+  const auto heads = static_cast<uint32_t>(p.query_heads);
+  const uint32_t head = blockIdx.x % heads, kv_head = head / (heads / static_cast<uint32_t>(p.kv_heads));
   // The last queries first: causal ones have most to do.
-  const int64_t index = block / p.query_heads, sequences = p.cu_seqlens_q ? 1 : p.batch;
-  const Sequence sequence(p, sequences * p.tiles - 1 - index, kRows);
-  const int64_t batch = sequence.batch, first_query = sequence.tile * kRows;
-  if (first_query >= sequence.query_length) {
+  const Sequence sequence(p, gridDim.x / heads - 1 - blockIdx.x / heads, kRows);
+  if (sequence.tile * kRows >= sequence.query_length) {
     return;
   }
+  const int64_t batch = sequence.batch;
   const int64_t batch_in_memory = p.cu_seqlens_q ? 0 : batch;  // packed sequences lie in one
+  const auto first_query = static_cast<int>(sequence.tile) * kRows;
+  const auto query_length = static_cast<int>(sequence.query_length);
 
   // Query i sees the keys [lower, upper) by its position.
   const int64_t offset = p.query_offsets ? p.query_offsets[batch] : p.query_offset;
@@ -122,125 +145,122 @@ __global__ void __launch_bounds__(AttentionConfig<scalar_t, kWidth>::kThreads, 1
     }
     return p.window_right < 0 ? last : min(last, query + offset + p.window_right + 1);
   };
-  const int64_t last_query = min(first_query + kRows, sequence.query_length) - 1;
-  const int64_t first_key = min(max(lower(first_query), int64_t{0}), sequence.key_length);
-  const int64_t last_key = max(upper(last_query), first_key);
-  const int64_t first_tile = first_key / kKeys, tiles = (last_key + kKeys - 1) / kKeys;
+  const auto as_key = [&](int64_t key) { return static_cast<int>(min(max(key, int64_t{0}), sequence.key_length)); };
+  const int last_query = min(first_query + kRows, query_length) - 1;
+  const int first_key = as_key(lower(first_query)), last_key = as_key(upper(last_query));
+  const int first_tile = first_key / kKeys, tiles = first_key < last_key ? (last_key + kKeys - 1) / kKeys : first_tile;
+  // Tiles of which each of the block's queries sees all.
+  const int first_whole = (as_key(lower(last_query)) + kKeys - 1) / kKeys, wholes = as_key(upper(first_query)) / kKeys;
 
-  const int head_dim = static_cast<int>(p.head_dim), value_dim = static_cast<int>(p.value_dim);
-  const auto* query = static_cast<const scalar_t*>(p.query) + batch_in_memory * p.query_strides[0] +
-                      head * p.query_strides[1] + sequence.query_begin * p.query_strides[2];
-  load_rows<scalar_t, kWidth, kRows, kThreads>(shared.query, query, p.query_strides[2], p.query_strides[3], first_query,
-                                               0, sequence.query_length, head_dim, p.query_is_wide);
-  const int64_t steps = first_key < last_key ? 2 * (tiles - first_tile) : 0;
-  const auto request = [&](int64_t step) {
-    if (step < steps) {
-      const bool is_key = step % 2 == 0;
-      const auto pick = [&](const auto& of_key, const auto& of_value) { return is_key ? of_key : of_value; };
-      const int64_t row_stride = pick(p.key_strides[2], p.value_strides[2]);
-      const auto* matrix = static_cast<const scalar_t*>(pick(p.key, p.value)) +
-                           batch_in_memory * pick(p.key_strides[0], p.value_strides[0]) +
-                           kv_head * pick(p.key_strides[1], p.value_strides[1]) + sequence.key_begin * row_stride;
-      load_rows<scalar_t, kWidth, kKeys, kThreads>(shared.tiles[step % kTiles], matrix, row_stride,
-                                                   pick(p.key_strides[3], p.value_strides[3]),
-                                                   (first_tile + step / 2) * kKeys, first_key, last_key,
-                                                   pick(head_dim, value_dim), pick(p.key_is_wide, p.value_is_wide));
+  const HeadRows query(p.query, p.query_strides, batch_in_memory, head, sequence.query_begin, p.head_dim,
+                       p.query_is_wide);
+  const HeadRows keys(p.key, p.key_strides, batch_in_memory, kv_head, sequence.key_begin, p.head_dim, p.key_is_wide);
+  const HeadRows values(p.value, p.value_strides, batch_in_memory, kv_head, sequence.key_begin, p.value_dim,
+                        p.value_is_wide);
+  const auto request = [&](const HeadRows& rows, scalar_t(&stages)[kStages][kKeys* kStride], int tile) {
+    if (tile < tiles) {
+      rows.template load<kKeys>(stages[tile % kStages], tile * kKeys, first_key, last_key);
     }
     commit_copies();  // the first group has the query, too
   };
-  const auto next_tile = [&](int64_t step) {
-    wait_for_copies<kTiles - 2>();
-    __syncthreads();             // everyone's copies are there, and everyone is done with the tile before
-    request(step + kTiles - 1);  // which is overwritten
-    return shared.tiles[step % kTiles];
+  const auto wait = [&] {
+    wait_for_copies<2 * kStages - 2>();
+    __syncthreads();  // everyone's copies are there, and everyone is done with the tile that is overwritten next
   };
 
-  const float scale = p.softcap != 0.0f ? p.scale / p.softcap : p.scale * kLog2E;
-  const float slope =
-      p.alibi_slopes ? kLog2E * p.alibi_slopes[batch * p.alibi_strides[0] + head * p.alibi_strides[1]] : 0.0f;
-  const int64_t first_row = first_query + 16 * warp + lane / 4;  // of a lane, which has another 8 below
-  float peaks[2] = {-kInfinity, -kInfinity}, totals[2] = {}, out[kWidth / 8][4] = {};
-  for (int step = 0; step < kTiles - 1; ++step) {
-    request(step);
+  // exp(scale * score) = 2^(factor * score), unless scores are changed before.
+  const bool is_plain = p.softcap == 0.0f && !p.alibi_slopes && p.scale > 0.0f;
+  const float factor = is_plain ? p.scale * kLog2E : 1.0f;
+  const int first_row = first_query + Config::kWarpRows * warp + lane / 4;  // of a lane, which has each 8th below
+  float peaks[2 * kParts], totals[2 * kParts] = {}, out[kParts][kWidth / 8][4] = {};
+#pragma unroll
+  for (float& peak : peaks) {
+    peak = -kInfinity;
   }
-  for (int64_t step = 0; step < steps; step += 2) {
-    float scores[kKeys / 8][4] = {};
-    const scalar_t* keys = next_tile(step);
-    add_scores<scalar_t, kWidth, kKeys>(scores, shared.query + 16 * warp * kStride, keys, head_dim);
-    const int64_t first_column = (first_tile + step / 2) * kKeys;
+  query.template load<kRows>(shared.query, first_query, 0, query_length);
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int64_t row = first_row + 8 * i;
-      // Of this tile, in 32 bits.
-      const auto from = static_cast<int>(min(max(lower(row) - first_column, int64_t{0}), int64_t{kKeys}));
-      const auto to = static_cast<int>(min(max(upper(row) - first_column, int64_t{0}), int64_t{kKeys}));
-      const auto distance = static_cast<float>(row + offset - first_column);
-      float peak = peaks[i];
-#pragma unroll
-      for (int n = 0; n < kKeys / 4; ++n) {
-        float& score = scores[n / 2][2 * i + n % 2];
-        const int column = n / 2 * 8 + lane % 4 * 2 + n % 2;
-        score *= scale;
-        if (p.softcap != 0.0f) {
-          score = p.softcap * kLog2E * tanhf(score);
-        }
-        if (p.alibi_slopes) {
-          score -= slope * fabsf(distance - static_cast<float>(column));
-        }
-        score = from <= column && column < to ? score : -kInfinity;
-        peak = fmaxf(peak, score);
+  for (int stage = 0; stage < kStages; ++stage) {
+    request(keys, shared.keys, first_tile + stage);
+    if (stage < kStages - 1) {
+      request(values, shared.values, first_tile + stage);
+    }
+  }
+#pragma unroll 1
+  for (int tile = first_tile; tile < tiles; ++tile) {
+    float scores[kParts][kKeys / 8][4] = {};
+    wait();
+    request(values, shared.values, tile + kStages - 1);
+    add_scores<scalar_t, kWidth, kKeys, kParts>(scores, shared.query + Config::kWarpRows * warp * kStride,
+                                                shared.keys[tile % kStages]);
+    const int first_column = tile * kKeys + lane % 4 * 2;
+    if (!is_plain) {
+      if (p.softcap != 0.0f) {
+        const float scale = p.scale / p.softcap, cap = p.softcap * kLog2E;
+        for_each_score(scores, [&](float& score, int, int) { score = cap * tanhf(scale * score); });
+      } else {
+        const float scale = p.scale * kLog2E;
+        for_each_score(scores, [&](float& score, int, int) { score *= scale; });
       }
-      peak = fmaxf(peak, __shfl_xor_sync(0xFFFFFFFFu, peak, 1));
-      peak = fmaxf(peak, __shfl_xor_sync(0xFFFFFFFFu, peak, 2));
-      const float shrink = share(peaks[i], peak);
-      totals[i] *= shrink;
-      peaks[i] = peak;
-#pragma unroll
-      for (int n = 0; n < kKeys / 4; ++n) {
-        float& score = scores[n / 2][2 * i + n % 2];
-        score = share(score, peak);
-        totals[i] += score;
-      }
-#pragma unroll
-      for (int n = 0; n < kWidth / 8; ++n) {
-        out[n][2 * i] *= shrink;
-        out[n][2 * i + 1] *= shrink;
+      if (p.alibi_slopes) {
+        const float slope = kLog2E * p.alibi_slopes[batch * p.alibi_strides[0] + head * p.alibi_strides[1]];
+        const auto distance = static_cast<float>(first_row + offset - first_column);
+        for_each_score(scores, [&](float& score, int i, int column) {
+          score -= slope * fabsf(distance + static_cast<float>(8 * i - column));
+        });
       }
     }
-    const scalar_t* values = next_tile(step + 1);
-    add_values<scalar_t, kWidth, kKeys>(out, scores, values, value_dim);
+    if (tile < first_whole || wholes <= tile) {
+      int from[2 * kParts], to[2 * kParts];  // of this tile, in 32 bits
+#pragma unroll
+      for (int i = 0; i < 2 * kParts; ++i) {
+        const int64_t row = first_row + 8 * i;
+        from[i] = static_cast<int>(min(max(lower(row) - first_column, int64_t{-kKeys}), int64_t{kKeys}));
+        to[i] = static_cast<int>(min(max(upper(row) - first_column, int64_t{-kKeys}), int64_t{kKeys}));
+      }
+      for_each_score(scores, [&](float& score, int i, int column) {
+        score = from[i] <= column && column < to[i] ? score : -kInfinity;
+      });
+    }
+    exponentiate(scores, factor, peaks, totals, out);
+    wait();
+    request(keys, shared.keys, tile + kStages);
+    add_values<scalar_t, kWidth, kKeys, kParts>(out, scores, shared.values[tile % kStages]);
   }
 
   // Through the rows of the query that the warp alone has read, to be written in whole rows.
   wait_for_copies<0>();  // of a query that no key met
   __syncthreads();
-  scalar_t* rows = shared.query + 16 * warp * kStride;
+  scalar_t* rows = shared.query + Config::kWarpRows * warp * kStride;
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    totals[i] += __shfl_xor_sync(0xFFFFFFFFu, totals[i], 1);
-    totals[i] += __shfl_xor_sync(0xFFFFFFFFu, totals[i], 2);
-    const float factor = totals[i] == 0.0f ? 0.0f : 1.0f / totals[i];
+  for (int i = 0; i < 2 * kParts; ++i) {
+    float total = totals[i];
+    total += __shfl_xor_sync(0xFFFFFFFFu, total, 1);
+    total += __shfl_xor_sync(0xFFFFFFFFu, total, 2);
+    const float share_of_one = total == 0.0f ? 0.0f : 1.0f / total;
 #pragma unroll
     for (int n = 0; n < kWidth / 8; ++n) {
+#pragma unroll
       for (int j = 0; j < 2; ++j) {
         rows[(lane / 4 + 8 * i) * kStride + 8 * n + lane % 4 * 2 + j] =
-            static_cast<scalar_t>(out[n][2 * i + j] * factor);
+            static_cast<scalar_t>(out[i / 2][n][2 * (i % 2) + j] * share_of_one);
       }
     }
-    const int64_t row = first_row + 8 * i;
-    if (lane % 4 == 0 && row < sequence.query_length) {
+    const int row = first_row + 8 * i;
+    if (lane % 4 == 0 && row < query_length) {
       p.lse[(batch_in_memory * p.query_heads + head) * p.query_length + sequence.query_begin + row] =
-          totals[i] == 0.0f ? -kInfinity : (peaks[i] + log2f(totals[i])) * kLn2;
+          total == 0.0f ? -kInfinity : (peaks[i] + log2f(total)) * kLn2;
     }
   }
   __syncwarp();
+  const int first_warp_row = first_query + Config::kWarpRows * warp;
   auto* result = static_cast<scalar_t*>(p.out) + batch_in_memory * p.out_strides[0] + head * p.out_strides[1] +
-                 (sequence.query_begin + first_query + 16 * warp) * p.out_strides[2];
-  const auto count = static_cast<int>(min(int64_t{16}, sequence.query_length - first_query - 16 * warp));
+                 (sequence.query_begin + first_warp_row) * p.out_strides[2];
+  const int count = min(Config::kWarpRows, query_length - first_warp_row);
+  const auto value_dim = static_cast<int>(p.value_dim);
   if (p.out_is_wide) {
-    constexpr int kCount = 16 / sizeof(scalar_t);
-    for (int i = lane; i < count * (kWidth / kCount); i += 32) {
-      const int row = i / (kWidth / kCount), column = i % (kWidth / kCount) * kCount;
+    constexpr int kCount = HeadRows::kCount, kEach = HeadRows::kEach;
+    for (int i = lane; i < count * kEach; i += 32) {
+      const int row = i / kEach, column = i % kEach * kCount;
       if (column < value_dim) {
         *reinterpret_cast<uint4*>(result + row * p.out_strides[2] + column) =
             *reinterpret_cast<const uint4*>(rows + row * kStride + column);
@@ -281,6 +301,9 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const
                        {attn_mask, dropout_p, dropout_seed, is_causal, scale, query_offset, query_offsets, kv_lengths,
                         kv_starts, window_left, window_right, softcap, alibi_slopes, cu_seqlens_q, cu_seqlens_k},
                        p);
+  STD_TORCH_CHECK(std::max(p.query_length, p.kv_length) < INT32_MAX / 2,
+                  "expected query and key to have fewer than 2^30 rows, but they have ", p.query_length, " and ",
+                  p.kv_length);
   const int64_t width = std::max(p.head_dim, p.value_dim);
   STD_TORCH_CHECK(width <= 256, "expected the last dimension of query and value to be at most 256, but it is ", width);
   const std::array<int64_t, 4> sizes = {query.size(0), p.query_heads, p.query_length, p.value_dim};

@@ -7,17 +7,21 @@
 
 namespace gpt4fast {
 
-// A block takes kRows queries of a head, 16 for each warp, through kKeys keys at a time.
+// A block takes kRows queries of a head, kParts times 16 for each warp, through kKeys keys at a time.
 template <typename scalar_t, int kWidth>
 struct AttentionConfig {
   static constexpr bool kIsHalf = sizeof(scalar_t) == 2;
-  static constexpr int kSharedBytes = 97 << 10;  // of 99 KiB, see DecodeConfig
+  static constexpr int kSharedBytes = 99 << 10;  // see DecodeConfig
+  // Two parts share what is read of keys and values, where registers hold the sums of both.
+  static constexpr int kParts = kIsHalf && kWidth <= 128 ? 2 : 1;
   static constexpr int kWarps = !kIsHalf && kWidth == 256 ? 2 : 4;
-  static constexpr int kThreads = 32 * kWarps, kRows = 16 * kWarps;
-  static constexpr int kKeys = kIsHalf ? (kWidth == 256 ? 32 : 64) : (kWidth == 256 ? 16 : 32);
+  static constexpr int kWarpRows = 16 * kParts;
+  static constexpr int kThreads = 32 * kWarps, kRows = kWarpRows * kWarps;
+  static constexpr int kKeys = kIsHalf ? 64 : kWidth == 256 ? 16 : 32;
   static constexpr int kRowBytes = padded_width<scalar_t>(kWidth) * sizeof(scalar_t);
-  // Tiles of keys and of values in shared memory, or on their way there.
-  static constexpr int kTiles = std::clamp((kSharedBytes - kRows * kRowBytes) / (kKeys * kRowBytes), 2, 4);
+  // Tiles of keys, and of values, in shared memory, or on their way there: one of 128 numbers leaves room for two
+  // blocks on a multiprocessor.
+  static constexpr int kStages = (kRows + 4 * kKeys) * kRowBytes <= kSharedBytes ? 2 : 1;
 };
 
 }  // namespace gpt4fast

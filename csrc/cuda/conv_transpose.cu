@@ -2,9 +2,8 @@
 // remainder by the stride meet the same taps of the kernel, so that no multiplication is by a zero between pixels. A
 // block takes a tile of a phase's pixels x a group's channels through all taps and input channels; slices of both
 // operands arrive by asynchronous copies while earlier ones are multiplied, and bias, scale, shift and activation are
-// applied before the one write. Inputs whose channels are not neighbours are brought into rows first, and so is the
-// weight, at every call: it may have been written to, and reading it takes little beside the convolution. Not yet run
-// on a GPU.
+// applied before the one write. Inputs whose channels are not neighbours are brought into rows first, and so are
+// weights, unless they are channels last and of half types: at every call, for they may have been written to.
 #include <numeric>
 #include <optional>
 #include <string>
@@ -17,6 +16,7 @@
 #include "conv_transpose_arguments.h"
 #include "cuda/conv_transpose_config.h"
 #include "cuda/conv_transpose_layout.cuh"
+#include "cuda/conv_transpose_phase.cuh"
 #include "cuda/conv_transpose_products.cuh"
 #include "cuda/launch.h"
 
@@ -26,127 +26,132 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// input is (N, D, H, W, G, padded) by input_strides of N, D, H and W in their places, weight (G, taps, Cout / G,
-// padded): each group's channels are neighbours, at a multiple of 16 bytes, zeros behind them.
-struct ConvTransposeLaunch : ConvTransposeParams {
-  const float *bias, *factor, *shift;  // (Cout), or null
-  int64_t padded, group_stride;
-  int64_t out_strides[5];
-  int64_t tap_steps[3];    // taps of one phase are so many apart,
-  int64_t shift_steps[3];  // and meet inputs that are so many apart
-  int64_t phases[3], pixel_tiles, channel_tiles;
-};
-
-// Along one dimension: outputs residue + stride * q meet taps first + step * j at inputs q + shift - j * shift_step.
-struct Phase {
-  int64_t residue, places, first, taps, shift;
-
-  __device__ __forceinline__ Phase(const ConvTransposeLaunch& p, int axis, int64_t remainder) : residue(remainder) {
-    const int64_t stride = p.stride[axis], start = residue + p.padding[axis];
-    places = (p.out_size[axis] - residue + stride - 1) / stride;
-    first = 0;
-    while (first < p.tap_steps[axis] && first < p.kernel[axis] && (start - first * p.dilation[axis]) % stride != 0) {
-      ++first;
-    }
-    const bool any = first < p.tap_steps[axis] && first < p.kernel[axis];
-    taps = any ? (p.kernel[axis] - first + p.tap_steps[axis] - 1) / p.tap_steps[axis] : 0;
-    shift = any ? (start - first * p.dilation[axis]) / stride : 0;
-  }
-};
-
 template <typename Tile>
 struct alignas(16) ConvTransposeShared {
   union {
-    char slices[Tile::kStages][(Tile::kPixels + Tile::kChannels) * Tile::kRowBytes];
-    float sums[Tile::kPixels][Tile::kChannels + 1];  // once all slices are multiplied
+    char slices[Tile::kStages][Tile::kPixels * Tile::kRowBytes + Tile::kWeightBytes];
+    float sums[Tile::kPixels][Tile::kChannels + 4];  // once all slices are multiplied
   };
-  int64_t image[Tile::kPixels];     // where a pixel's image begins, or -1 where there is no pixel
-  int64_t place[3][Tile::kPixels];  // its indices in the phase
-  int64_t target[Tile::kPixels];    // where it lies in the output
+  float factor[Tile::kChannels], offset[Tile::kChannels];
+  int64_t source[Tile::kPixels];  // where a pixel's first tap meets the input, perhaps outside of it
+  int64_t target[Tile::kPixels];  // where the pixel lies in the output, or -1 where there is none
+  int place[3][Tile::kPixels];    // of the input that the first tap meets
 };
 
-template <typename scalar_t, Products kProducts, typename Tile>
+template <typename scalar_t, Products kProducts, typename Tile, bool kIsDirect>
 __global__ void __launch_bounds__(Tile::kThreads) conv_transpose_kernel(const ConvTransposeLaunch p) {
   constexpr int kPixels = Tile::kPixels, kChannels = Tile::kChannels, kStages = Tile::kStages;
   constexpr int kCount = 16 / sizeof(scalar_t), kParts = Tile::kDepthBytes / 16, kDepth = kParts * kCount;
   constexpr int kRows = Tile::kThreads / kParts;  // that are copied at once
   auto& shared = shared_memory<ConvTransposeShared<Tile>>();
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-  int64_t block = blockIdx.x;
-  const int64_t first_pixel = block % p.pixel_tiles * kPixels;
-  block /= p.pixel_tiles;
-  const int64_t outputs = p.out_channels / p.groups, first_channel = block % p.channel_tiles * kChannels;
-  block /= p.channel_tiles;
-  const int64_t group = block % p.groups;
-  block /= p.groups;
-  const Phase along_w(p, 2, block % p.phases[2]), along_h(p, 1, block / p.phases[2] % p.phases[1]),
-      along_d(p, 0, block / (p.phases[2] * p.phases[1]));
-  const int64_t image_size = along_d.places * along_h.places * along_w.places;
-  if (first_pixel >= p.batch * image_size) {
+  uint32_t block = blockIdx.x;
+  const auto take = [&](int64_t count) {  // the block's index along a dimension
+    const uint32_t index = block % static_cast<uint32_t>(count);
+    block /= static_cast<uint32_t>(count);
+    return index;
+  };
+  const auto first_pixel = static_cast<int>(take(p.pixel_tiles)) * kPixels;
+  const int outputs = static_cast<int>(p.out_channels) / static_cast<int>(p.groups);
+  const auto first_channel = static_cast<int>(take(p.channel_tiles)) * kChannels;
+  const int64_t group = take(p.groups), first_output = group * outputs + first_channel;
+  const int columns = outputs - first_channel;
+  const Phase along_w(p, 2, take(p.phases[2])), along_h(p, 1, take(p.phases[1])), along_d(p, 0, block);
+  const int image_size = along_d.places * along_h.places * along_w.places;
+  const int pixels = static_cast<int>(p.batch) * image_size;
+  if (first_pixel >= pixels) {
     return;
   }
 
   for (int row = thread; row < kPixels; row += Tile::kThreads) {
-    int64_t index = first_pixel + row;
-    const bool exists = index < p.batch * image_size;
-    const int64_t image = index / image_size;
-    const int64_t w = index % along_w.places;
-    index /= along_w.places;
-    const int64_t h = index % along_h.places, d = index / along_h.places % along_d.places;
-    shared.image[row] = exists ? image * p.input_strides[0] + group * p.group_stride : -1;
-    shared.place[0][row] = d;
-    shared.place[1][row] = h;
-    shared.place[2][row] = w;
-    shared.target[row] = image * p.out_strides[0] + (along_d.residue + d * p.stride[0]) * p.out_strides[2] +
-                         (along_h.residue + h * p.stride[1]) * p.out_strides[3] +
-                         (along_w.residue + w * p.stride[2]) * p.out_strides[4];
+    const auto index = static_cast<uint32_t>(first_pixel + row);
+    const uint32_t image = index / image_size, line = index / along_w.places, w = index % along_w.places;
+    const uint32_t h = line % along_h.places, d = line / along_h.places % along_d.places;
+    const bool exists = first_pixel + row < pixels;
+    shared.place[0][row] = exists ? static_cast<int>(d) + along_d.shift : INT32_MIN / 2;  // no tap meets that
+    shared.place[1][row] = static_cast<int>(h) + along_h.shift;
+    shared.place[2][row] = static_cast<int>(w) + along_w.shift;
+    shared.source[row] = image * p.input_strides[0] + group * p.group_stride +
+                         shared.place[0][row] * p.input_strides[2] + shared.place[1][row] * p.input_strides[3] +
+                         shared.place[2][row] * p.input_strides[4];
+    const int64_t target = image * p.out_strides[0] + (along_d.residue + d * p.stride[0]) * p.out_strides[2] +
+                           (along_h.residue + h * p.stride[1]) * p.out_strides[3] +
+                           (along_w.residue + w * p.stride[2]) * p.out_strides[4];
+    shared.target[row] = exists ? target : -1;
+  }
+  if (thread < min(columns, kChannels)) {
+    const int64_t channel = first_output + thread;
+    const float factor = p.factor ? p.factor[channel] : 1.0f;
+    shared.factor[thread] = factor;
+    shared.offset[thread] = (p.bias ? factor * p.bias[channel] : 0.0f) + (p.shift ? p.shift[channel] : 0.0f);
   }
   __syncthreads();
 
-  // Each thread copies 16 bytes of every kRows-th row of both operands.
+  // Each thread copies 16 bytes of every kRows-th row of pixels, and of the weight.
   const int part = thread % kParts, first_row = thread / kParts;
-  const auto slices = static_cast<int>((p.padded + kDepth - 1) / kDepth);
-  const int64_t steps = along_d.taps * along_h.taps * along_w.taps * slices;
-  const auto* input = static_cast<const scalar_t*>(p.input);
-  const auto* weight =
-      static_cast<const scalar_t*>(p.weight) + group * p.kernel[0] * p.kernel[1] * p.kernel[2] * outputs * p.padded;
-  int64_t tap_d = 0, tap_h = 0, tap_w = 0, sources[kPixels / kRows];
-  const scalar_t* tap = weight;
-  int slice = 0;
-  const auto request = [&](int64_t step) {
-    if (step < steps) {
-      if (slice == 0) {  // another tap
+  const int depth = static_cast<int>(kIsDirect ? p.in_channels / p.groups : p.padded);  // of the weight
+  const int padded = static_cast<int>(p.padded), slices = (padded + kDepth - 1) / kDepth;
+  const int steps = along_d.taps * along_h.taps * along_w.taps * slices;
+  int tap_d = 0, tap_h = 0, tap_w = 0, slice = 0;
+  const scalar_t *sources[kPixels / kRows], *weight = nullptr;
+  bool inside[kPixels / kRows];
+  const auto start_tap = [&] {
+    const int shift_d = tap_d * static_cast<int>(p.shift_steps[0]),
+              shift_h = tap_h * static_cast<int>(p.shift_steps[1]),
+              shift_w = tap_w * static_cast<int>(p.shift_steps[2]);
+    const auto* input = static_cast<const scalar_t*>(p.input) + part * kCount - shift_d * p.input_strides[2] -
+                        shift_h * p.input_strides[3] - shift_w * p.input_strides[4];
 #pragma unroll
-        for (int i = 0; i < kPixels / kRows; ++i) {
-          const int row = first_row + kRows * i;
-          const int64_t image = shared.image[row];
-          const int64_t d = shared.place[0][row] + along_d.shift - tap_d * p.shift_steps[0];
-          const int64_t h = shared.place[1][row] + along_h.shift - tap_h * p.shift_steps[1];
-          const int64_t w = shared.place[2][row] + along_w.shift - tap_w * p.shift_steps[2];
-          const bool inside =
-              image >= 0 && 0 <= d && d < p.in_size[0] && 0 <= h && h < p.in_size[1] && 0 <= w && w < p.in_size[2];
-          sources[i] = inside ? image + d * p.input_strides[2] + h * p.input_strides[3] + w * p.input_strides[4] : -1;
-        }
-        const int64_t index =
-            ((along_d.first + tap_d * p.tap_steps[0]) * p.kernel[1] + (along_h.first + tap_h * p.tap_steps[1])) *
-                p.kernel[2] +
-            along_w.first + tap_w * p.tap_steps[2];
-        tap = weight + index * outputs * p.padded;
+    for (int i = 0; i < kPixels / kRows; ++i) {
+      const int row = first_row + kRows * i;
+      const int d = shared.place[0][row] - shift_d, h = shared.place[1][row] - shift_h,
+                w = shared.place[2][row] - shift_w;
+      inside[i] = 0 <= d && d < p.in_size[0] && 0 <= h && h < p.in_size[1] && 0 <= w && w < p.in_size[2];
+      sources[i] = input + shared.source[row];
+    }
+    const int64_t d = along_d.first + tap_d * p.tap_steps[0], h = along_h.first + tap_h * p.tap_steps[1],
+                  w = along_w.first + tap_w * p.tap_steps[2];
+    weight = static_cast<const scalar_t*>(p.weight);
+    if constexpr (kIsDirect) {
+      constexpr int kEach = kChannels / kCount;
+      weight += group * depth * p.weight_strides[0] + d * p.weight_strides[2] + h * p.weight_strides[3] +
+                w * p.weight_strides[4] + thread / kEach * p.weight_strides[0] + first_channel +
+                thread % kEach * kCount;
+    } else {
+      const int64_t tap = ((group * p.kernel[0] + d) * p.kernel[1] + h) * p.kernel[2] + w;
+      weight += (tap * outputs + first_channel + first_row) * padded + part * kCount;
+    }
+  };
+  const auto request = [&](int step) {
+    if (step < steps) {
+      if (slice == 0) {
+        start_tap();
       }
-      const int64_t channel = slice * kDepth + part * kCount;
-      const bool is_channel = channel < p.padded;
-      char* target = shared.slices[step % kStages] + first_row * Tile::kRowBytes + part * 16;
+      char* target = shared.slices[step % kStages];
+      const int channel = slice * kDepth + part * kCount;
 #pragma unroll
       for (int i = 0; i < kPixels / kRows; ++i) {
-        const bool valid = is_channel && sources[i] >= 0;
-        copy_async<16>(target + i * kRows * Tile::kRowBytes, valid ? input + sources[i] + channel : input, valid);
+        copy_async<16>(target + (first_row + i * kRows) * Tile::kRowBytes + part * 16, sources[i],
+                       inside[i] && channel < padded);
+        sources[i] += kDepth;
       }
+      target += kPixels * Tile::kRowBytes;
+      if constexpr (kIsDirect) {
+        constexpr int kEach = kChannels / kCount, kStep = Tile::kThreads / kEach;
+        const int row = thread / kEach, column = thread % kEach * kCount;
 #pragma unroll
-      for (int i = 0; i < kChannels / kRows; ++i) {
-        const int64_t output = first_channel + first_row + kRows * i;
-        const bool valid = is_channel && output < outputs;
-        copy_async<16>(target + (kPixels + i * kRows) * Tile::kRowBytes,
-                       valid ? tap + output * p.padded + channel : weight, valid);
+        for (int i = 0; i < kDepth; i += kStep) {
+          copy_async<16>(target + (row + i) * Tile::kColumnBytes + column * static_cast<int>(sizeof(scalar_t)), weight,
+                         slice * kDepth + row + i < depth && column < columns);
+          weight += kStep * p.weight_strides[0];
+        }
+      } else {
+#pragma unroll
+        for (int i = 0; i < kChannels; i += kRows) {
+          copy_async<16>(target + (first_row + i) * Tile::kRowBytes + part * 16, weight + i * padded,
+                         channel < depth && first_row + i < columns);
+        }
+        weight += kDepth;
       }
       if (++slice == slices) {
         slice = 0;
@@ -163,17 +168,20 @@ __global__ void __launch_bounds__(Tile::kThreads) conv_transpose_kernel(const Co
   };
 
   const int warp_pixel = warp / 2 * Tile::kWarpPixels, warp_channel = warp % 2 * Tile::kWarpChannels;
+  const int channel_bytes = warp_channel * (kIsDirect ? static_cast<int>(sizeof(scalar_t)) : Tile::kRowBytes);
   WarpSums<Tile> sums = {};
+#pragma unroll 1
   for (int step = 0; step < kStages - 1; ++step) {
     request(step);
   }
-  for (int64_t step = 0; step < steps; ++step) {
+#pragma unroll 1
+  for (int step = 0; step < steps; ++step) {
     wait_for_copies<kStages - 2>();
     __syncthreads();              // everyone's copies are there, and everyone is done with the slice before
     request(step + kStages - 1);  // which is overwritten
-    const char* pixels = shared.slices[step % kStages];
-    multiply_slices<Tile, scalar_t, kProducts>(sums, pixels + warp_pixel * Tile::kRowBytes,
-                                               pixels + (kPixels + warp_channel) * Tile::kRowBytes);
+    const char* slices = shared.slices[step % kStages];
+    multiply_slices<Tile, scalar_t, kProducts, kIsDirect>(sums, slices + warp_pixel * Tile::kRowBytes,
+                                                          slices + kPixels * Tile::kRowBytes + channel_bytes);
   }
 
   __syncthreads();
@@ -182,42 +190,39 @@ __global__ void __launch_bounds__(Tile::kThreads) conv_transpose_kernel(const Co
 #pragma unroll
     for (int j = 0; j < Tile::kWarpChannels / 8; ++j) {
 #pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        shared.sums[warp_pixel + 16 * i + lane / 4 + k / 2 * 8][warp_channel + 8 * j + lane % 4 * 2 + k % 2] =
-            sums[i][j][k];
+      for (int k = 0; k < 4; k += 2) {
+        float* pair = &shared.sums[warp_pixel + 16 * i + lane / 4 + k / 2 * 8][warp_channel + 8 * j + lane % 4 * 2];
+        *reinterpret_cast<float2*>(pair) = float2{sums[i][j][k], sums[i][j][k + 1]};
       }
     }
   }
   __syncthreads();
-  const auto finish = [&](int row, int column) {
-    const int64_t channel = group * outputs + first_channel + column;
-    const float x =
-        (p.factor ? p.factor[channel] : 1.0f) * (shared.sums[row][column] + (p.bias ? p.bias[channel] : 0.0f)) +
-        (p.shift ? p.shift[channel] : 0.0f);
-    return static_cast<scalar_t>(
-        ACTIVATION_SWITCH(p.activation, kActivation, [&] { return activate<kActivation>(x, p.negative_slope); }));
-  };
-  auto* out = static_cast<scalar_t*>(p.out) + (group * outputs + first_channel) * p.out_strides[1];
-  const int64_t columns = outputs - first_channel;
-  if (p.channels_last && p.out_channels % kCount == 0 && outputs % kCount == 0) {
-    for (int i = thread; i < kPixels * kChannels / kCount; i += Tile::kThreads) {
-      const int row = i / (kChannels / kCount), column = i % (kChannels / kCount) * kCount;
-      if (shared.image[row] >= 0 && column < columns) {
-        alignas(16) scalar_t numbers[kCount];
-        for (int k = 0; k < kCount; ++k) {
-          numbers[k] = finish(row, column + k);
+  auto* out = static_cast<scalar_t*>(p.out) + first_output * p.out_strides[1];
+  const auto write = [&](auto finish) {
+    const auto number = [&](int row, int column) {
+      return static_cast<scalar_t>(finish(shared.sums[row][column] * shared.factor[column] + shared.offset[column]));
+    };
+    constexpr int kEach = kChannels / kCount;
+    if (p.channels_last && p.out_channels % kCount == 0 && outputs % kCount == 0) {
+      const int column = thread % kEach * kCount;
+      for (int row = thread / kEach; row < kPixels; row += Tile::kThreads / kEach) {
+        if (shared.target[row] >= 0 && column < columns) {
+          alignas(16) scalar_t numbers[kCount];
+#pragma unroll
+          for (int k = 0; k < kCount; ++k) {
+            numbers[k] = number(row, column + k);
+          }
+          *reinterpret_cast<uint4*>(out + shared.target[row] + column) = *reinterpret_cast<const uint4*>(numbers);
         }
-        *reinterpret_cast<uint4*>(out + shared.target[row] + column) = *reinterpret_cast<const uint4*>(numbers);
+      }
+    } else if (const int row = thread % kPixels; shared.target[row] >= 0) {  // neighbours in memory are pixels, mostly
+      for (int column = thread / kPixels; column < min(columns, kChannels); column += Tile::kThreads / kPixels) {
+        out[shared.target[row] + column * p.out_strides[1]] = number(row, column);
       }
     }
-  } else {  // neighbours in memory are pixels, mostly
-    for (int i = thread; i < kPixels * kChannels; i += Tile::kThreads) {
-      const int row = i % kPixels, column = i / kPixels;
-      if (shared.image[row] >= 0 && column < columns) {
-        out[shared.target[row] + column * p.out_strides[1]] = finish(row, column);
-      }
-    }
-  }
+  };
+  ACTIVATION_SWITCH(p.activation, kActivation,
+                    [&] { write([&](float x) { return activate<kActivation>(x, p.negative_slope); }); });
 }
 
 template <typename scalar_t, Products kProducts, typename Tile>
@@ -231,8 +236,16 @@ void launch_tile(const Device& device, ConvTransposeLaunch& p) {
   }
   p.pixel_tiles = ceil_div(pixels, Tile::kPixels);
   p.channel_tiles = ceil_div(p.out_channels / p.groups, Tile::kChannels);
-  device.launch(conv_transpose_kernel<scalar_t, kProducts, Tile>, p.pixel_tiles * p.channel_tiles * p.groups * phases,
-                Tile::kThreads, sizeof(ConvTransposeShared<Tile>), p);
+  const auto launch = [&](auto kernel) {
+    device.launch(kernel, p.pixel_tiles * p.channel_tiles * p.groups * phases, Tile::kThreads,
+                  sizeof(ConvTransposeShared<Tile>), p);
+  };
+  if constexpr (kProducts == Products::half) {
+    if (p.weight_is_direct) {
+      return launch(conv_transpose_kernel<scalar_t, kProducts, Tile, true>);
+    }
+  }
+  launch(conv_transpose_kernel<scalar_t, kProducts, Tile, false>);
 }
 
 template <typename scalar_t, Products kProducts>
@@ -246,6 +259,22 @@ void launch_products(const Device& device, ConvTransposeLaunch& p) {
         launch_tile<scalar_t, kProducts, LargeTile>(device, p);
       }
   }
+}
+
+void check_sizes(const ConvTransposeLaunch& p) {
+  constexpr double kMost = 1 << 30;
+  double pixels = double(p.batch), taps = double(p.in_channels);
+  for (int axis = 0; axis < 3; ++axis) {
+    const int64_t reach = p.padding[axis] + p.dilation[axis] * p.kernel[axis];
+    STD_TORCH_CHECK(reach < kMost,
+                    "expected padding and dilation to reach less than 2^30 elements on a GPU, but it is ", reach);
+    pixels *= double(p.out_size[axis]);
+    taps *= double(p.kernel[axis]);
+  }
+  STD_TORCH_CHECK(pixels < kMost && taps < kMost,
+                  "expected fewer than 2^30 pixels of the output, and elements of weight for one of its channels, on a "
+                  "GPU, but they are ",
+                  pixels, " and ", taps);
 }
 
 // The input itself where each group's channels are neighbours and whole 16 bytes, else a copy for which that holds.
@@ -281,12 +310,23 @@ Tensor set_input_rows(const Device& device, const Tensor& input, ConvTransposeLa
   return rows;
 }
 
+// The weight itself where half types have each group's output channels side by side, whole 16 bytes of them (channels
+// last, of two or three dimensions), else a copy in rows of input channels.
 Tensor set_weight_rows(const Device& device, const Tensor& weight, ConvTransposeLaunch& p) {
+  const auto size = static_cast<int64_t>(weight.element_size());
+  p.weight_is_direct = size == 2 && p.weight_strides[1] == 1 && weight.size(1) * size % 16 == 0 &&
+                       reinterpret_cast<uintptr_t>(p.weight) % 16 == 0;
+  for (const int axis : {0, 2, 3, 4}) {
+    p.weight_is_direct = p.weight_is_direct && p.weight_strides[axis] * size % 16 == 0;
+  }
+  if (p.weight_is_direct) {
+    return weight;
+  }
   const int64_t outputs = p.out_channels / p.groups, taps = p.kernel[0] * p.kernel[1] * p.kernel[2];
   const int64_t channels = p.in_channels / p.groups, *strides = p.weight_strides;
   const Tensor rows =
       device.fresh(torch::stable::new_empty(weight, {p.groups * taps * outputs * p.padded}, weight.scalar_type()));
-  launch_channel_rows(device, static_cast<int64_t>(weight.element_size()),
+  launch_channel_rows(device, size,
                       {p.weight,
                        rows.mutable_data_ptr(),
                        p.groups,
@@ -336,6 +376,7 @@ Tensor forward(const Tensor& input, const Tensor& weight, const std::optional<Te
     p.tap_steps[axis] = p.stride[axis] / common;
     p.shift_steps[axis] = p.dilation[axis] / common;
   }
+  check_sizes(p);
   allow_access(input, false);
   allow_access(weight, false);
   const Tensor input_rows = set_input_rows(device, input, p), weight_rows = set_weight_rows(device, weight, p);

@@ -3,6 +3,7 @@
 // Tile sizes of conv_transpose.cu: pure functions. Chosen by what fits in registers and shared memory; not yet measured
 // on a GPU.
 
+#include <algorithm>
 #include <cstdint>
 
 namespace gpt4fast {
@@ -11,18 +12,22 @@ namespace gpt4fast {
 enum class Products { half, tf32, ieee };
 
 // A block computes kPixels x kChannels outputs of one phase, by four warps in two rows and two columns. kStages slices
-// of kDepthBytes of its two operands are in shared memory or on their way there.
-template <int kPixelCount, int kChannelCount>
+// of kDepthBytes of its two operands are in shared memory or on their way there. Rows in shared memory are 16 bytes
+// longer than their numbers: eight that follow one another lie in different banks.
+template <int kPixelCount, int kChannelCount, int kDepthByteCount, int kStageCount>
 struct ConvTransposeTile {
   static constexpr int kPixels = kPixelCount, kChannels = kChannelCount;
-  static constexpr int kThreads = 128, kStages = 4, kDepthBytes = 64;
-  static constexpr int kRowBytes = kDepthBytes + 16;  // eight rows lie in different banks
+  static constexpr int kThreads = 128, kStages = kStageCount, kDepthBytes = kDepthByteCount;
+  static constexpr int kRowBytes = kDepthBytes + 16;
   static constexpr int kWarpPixels = kPixels / 2, kWarpChannels = kChannels / 2;
+  // Of a weight that is read as it is: channels of the input in rows, channels of the output side by side.
+  static constexpr int kColumnBytes = 2 * kChannels + 16;
+  static constexpr int kWeightBytes = std::max(kChannels * kRowBytes, kDepthBytes / 2 * kColumnBytes);
 };
 
-using LargeTile = ConvTransposeTile<128, 128>;
-using SmallTile = ConvTransposeTile<64, 64>;
-using NarrowTile = ConvTransposeTile<128, 32>;
+using LargeTile = ConvTransposeTile<128, 128, 64, 4>;
+using SmallTile = ConvTransposeTile<64, 64, 128, 3>;
+using NarrowTile = ConvTransposeTile<128, 32, 128, 3>;
 
 enum class TileChoice { large, small, narrow };
 

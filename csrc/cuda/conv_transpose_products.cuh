@@ -1,6 +1,6 @@
 #pragma once
 
-// Products of two slices in shared memory by a warp: rows of pixels and rows of channels, kDepthBytes of each.
+// Products of two slices in shared memory by a warp: rows of pixels and of output channels, kDepthBytes of each.
 
 #include "conv_transpose_config.h"
 #include "ptx.cuh"
@@ -11,7 +11,8 @@ namespace gpt4fast {
 template <typename Tile>
 using WarpSums = float[Tile::kWarpPixels / 16][Tile::kWarpChannels / 8][4];
 
-template <typename Tile, typename scalar_t, Products kProducts>
+// With kIsDirect the second slice is one of a weight read as it is, else it has rows like the first.
+template <typename Tile, typename scalar_t, Products kProducts, bool kIsDirect>
 __device__ __forceinline__ void multiply_slices(WarpSums<Tile>& sums, const char* pixels, const char* channels) {
   constexpr int kRow = Tile::kRowBytes, kPixelParts = Tile::kWarpPixels / 16, kChannelParts = Tile::kWarpChannels / 8;
   const int lane = threadIdx.x % 32;
@@ -39,7 +40,8 @@ __device__ __forceinline__ void multiply_slices(WarpSums<Tile>& sums, const char
     }
   } else {
     const char* pixel_row = pixels + lane % 16 * kRow + lane / 16 * 16;
-    const char* channel_row = channels + (lane % 8 + lane / 16 * 8) * kRow + lane / 8 % 2 * 16;
+    const char* channel_row = kIsDirect ? channels + lane % 16 * Tile::kColumnBytes + lane / 16 * 16
+                                        : channels + (lane % 8 + lane / 16 * 8) * kRow + lane / 8 % 2 * 16;
     const auto load = [](uint32_t (&matrices)[4], const char* row) {
       load_matrices(matrices, row);
       if constexpr (kProducts == Products::tf32) {
@@ -59,7 +61,11 @@ __device__ __forceinline__ void multiply_slices(WarpSums<Tile>& sums, const char
 #pragma unroll
       for (int j = 0; j < kChannelParts; j += 2) {
         uint32_t b[4];
-        load(b, channel_row + 8 * j * kRow + k);
+        if constexpr (kIsDirect) {
+          load_matrices_transposed(b, channel_row + k / 2 * Tile::kColumnBytes + 16 * j);
+        } else {
+          load(b, channel_row + 8 * j * kRow + k);
+        }
 #pragma unroll
         for (int i = 0; i < kPixelParts; ++i) {
           multiply_add<scalar_t>(sums[i][j], a[i], b[0], b[1]);

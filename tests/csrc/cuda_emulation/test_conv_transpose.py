@@ -71,9 +71,10 @@ def test_matches_float64(cuda_ops, name, dtype):
     if input.dim() > 3:
         layout = torch.channels_last if input.dim() == 4 else torch.channels_last_3d
         input = input.contiguous(memory_format=layout)
-        output = convolve(cuda_ops, input, weight, bias, geometry, channels_last=True)
-        assert output.is_contiguous(memory_format=layout)
-        check(output, input, weight, bias, geometry)
+        for same in (weight, weight.contiguous(memory_format=layout)):  # brought into rows, or read as it is
+            output = convolve(cuda_ops, input, same, bias, geometry, channels_last=True)
+            assert output.is_contiguous(memory_format=layout)
+            check(output, input, weight, bias, geometry)
 
 
 @pytest.mark.parametrize("name", ["doubling", "odd channels", "groups"])

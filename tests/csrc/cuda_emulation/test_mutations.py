@@ -26,8 +26,8 @@ BARRIER, WARP_BARRIER = "__syncthreads();", "__syncwarp();"
 # (source of the operator, file, what stands there, what is planted)
 FAULTS = {
     "decode: tile not waited for": (DECODE, DECODE, "wait_for_copies<kTiles - 2>", "wait_for_copies<kTiles - 1>"),
-    "decode: no barrier before a tile is read": (DECODE, DECODE, WARP_BARRIER + "                // every", "// every"),
-    "decode: no barrier after conversion": (DECODE, DECODE, f"columns);\n      {WARP_BARRIER}", "columns);"),
+    "decode: no barrier before a tile is read": (DECODE, DECODE, WARP_BARRIER + "  // every", "// every"),
+    "decode: no barrier after conversion": (DECODE, DECODE, f"warp]);\n      {WARP_BARRIER}", "warp]);"),
     "decode: no barrier after the query": (DECODE, DECODE, f"  {BARRIER}\n\n  const Row rows", "\n  const Row rows"),
     "decode: no barrier before the sums": (
         DECODE,
@@ -37,15 +37,15 @@ FAULTS = {
     ),
     "decode: no barrier after the sums": (DECODE, DECODE, f"{BARRIER}\n  for (int row", "\n  for (int row"),
     "decode: future keys are seen": (DECODE, "attention_decode_cache.cuh", "position + 1 : 0", "position + 2 : 0"),
-    "decode: an entry too many": (DECODE, DECODE, "key < length ? find", "key <= length ? find"),
+    "decode: an entry too many": (DECODE, "attention_decode_cache.cuh", "row < to; }", "row <= to; }"),
     "decode: the wrong slot": (DECODE, DECODE, "tiles[warp][step % kTiles]", "tiles[warp][(step + 1) % kTiles]"),
     "decode: lane of a weight": (DECODE, "attention_products.cuh", "key % 8 / 2", "key % 4 / 2"),
     "decode: lane of a matrix": (DECODE, "attention_products.cuh", "values + lane % 16", "values + lane % 8"),
     "decode: half a warp's largest": (
         DECODE,
         "attention_decode_cache.cuh",
-        "distance = 16; distance > 0; distance /= 2) {\n    value",
-        "distance = 8; distance > 0; distance /= 2) {\n    value",
+        "distance = 16; distance > 0; distance /= 2) {\n    value = fmaxf",
+        "distance = 8; distance > 0; distance /= 2) {\n    value = fmaxf",
     ),
     "decode: place in a block": (DECODE, "attention_decode_cache.cuh", "index % size}", "index % size + 1}"),
     "decode: last token is left out": (
@@ -57,10 +57,10 @@ FAULTS = {
     "attention: tile not waited for": (
         ATTENTION,
         ATTENTION,
-        "wait_for_copies<kTiles - 2>",
-        "wait_for_copies<kTiles - 1>",
+        "wait_for_copies<2 * kStages - 2>",
+        "wait_for_copies<2 * kStages - 1>",
     ),
-    "attention: no barrier in the loop": (ATTENTION, ATTENTION, BARRIER + "             // every", "// every"),
+    "attention: no barrier in the loop": (ATTENTION, ATTENTION, BARRIER + "  // every", "// every"),
     "attention: no barrier before the result": (
         ATTENTION,
         ATTENTION,
@@ -70,16 +70,28 @@ FAULTS = {
     "attention: no barrier after the result": (
         ATTENTION,
         ATTENTION,
-        f"  {WARP_BARRIER}\n  auto* result",
-        "  auto* result",
+        f"  {WARP_BARRIER}\n  const int first_warp_row",
+        "  const int first_warp_row",
     ),
     "attention: a future key is seen": (ATTENTION, ATTENTION, "query + offset + 1);", "query + offset + 2);"),
-    "attention: the next sequence's query": (ATTENTION, ATTENTION, "first + row < end;", "first + row <= end;"),
+    "attention: the next sequence's query": (ATTENTION, ATTENTION, "to = end - first;", "to = end - first + 1;"),
     "attention: a row too many": (
         ATTENTION,
         ATTENTION,
-        "row < sequence.query_length) {",
-        "row <= sequence.query_length) {",
+        "row < query_length) {",
+        "row <= query_length) {",
+    ),
+    "attention: keys of a tile that not all queries see": (
+        ATTENTION,
+        ATTENTION,
+        "wholes = as_key(upper(first_query)) / kKeys",
+        "wholes = as_key(upper(last_query)) / kKeys",
+    ),
+    "attention: keys before the first of a tile": (
+        ATTENTION,
+        ATTENTION,
+        "first_whole = (as_key(lower(last_query)) + kKeys - 1)",
+        "first_whole = (as_key(lower(first_query)) + kKeys - 1)",
     ),
     "attention: lane of a key": (ATTENTION, "attention_products.cuh", "lane / 8 % 2 * 8", "lane / 16 * 8"),
     "convolution: slice not waited for": (
@@ -98,20 +110,20 @@ FAULTS = {
     "convolution: no barrier after the sums": (
         CONVOLUTION,
         CONVOLUTION,
-        f"{BARRIER}\n  const auto finish",
-        "\n  const auto finish",
+        f"{BARRIER}\n  auto* out",
+        "\n  auto* out",
     ),
     "convolution: a column beside the image": (CONVOLUTION, CONVOLUTION, "w < p.in_size[2]", "w <= p.in_size[2]"),
     "convolution: taps the other way round": (
         CONVOLUTION,
         CONVOLUTION,
-        "- tap_w * p.shift_steps",
-        "+ tap_w * p.shift_steps",
+        "shared.place[2][row] - shift_w",
+        "shared.place[2][row] + shift_w",
     ),
-    "convolution: a channel too many": (CONVOLUTION, CONVOLUTION, "output < outputs", "output <= outputs"),
+    "convolution: a channel too many": (CONVOLUTION, CONVOLUTION, "i < columns);", "i <= columns);"),
     "convolution: a pixel too many": (
         CONVOLUTION,
-        CONVOLUTION,
+        "conv_transpose_phase.cuh",
         "residue + stride - 1) / stride",
         "residue + stride) / stride",
     ),
@@ -120,6 +132,18 @@ FAULTS = {
         "conv_transpose_products.cuh",
         "lane / 8 % 2 * 16",
         "lane / 16 * 16",
+    ),
+    "convolution: a channel too many of a weight as it is": (
+        CONVOLUTION,
+        CONVOLUTION,
+        "column < columns);",
+        "column <= columns);",
+    ),
+    "convolution: lane of a weight as it is": (
+        CONVOLUTION,
+        "conv_transpose_products.cuh",
+        "channels + lane % 16",
+        "channels + lane % 8",
     ),
     "layout: no barrier": (CONVOLUTION, "conv_transpose_layout.cuh", BARRIER, ""),
     "layout: a channel too many": (
@@ -144,12 +168,18 @@ def attention_battery(ops) -> None:
     assert_close(*make_inputs(1, 1, 1, 70, 90, 64, 64, torch.bfloat16))
     assert_close(*make_inputs(1, 2, 1, 5, 9, 7, 3, torch.float32), is_causal=True)
     assert_close(*make_inputs(1, 1, 1, 40, 9, 16, 16, torch.float16), kv_lengths=torch.tensor([0]))
+    assert_close(
+        *make_inputs(1, 1, 1, 70, 200, 16, 16, torch.float16), is_causal=True, window_left=80, query_offset=130
+    )
 
 
 def convolution_battery(ops) -> None:
     for name, dtype in (("doubling", torch.float16), ("odd channels", torch.float32), ("groups", torch.bfloat16)):
         input, weight, bias, geometry = convolution.operands(name, dtype)
-        convolution.check(convolution.convolve(ops, input, weight, bias, geometry), input, weight, bias, geometry)
+        layouts = [torch.channels_last] if name == "doubling" else []
+        for layout in (torch.contiguous_format, *layouts):
+            output = convolution.convolve(ops, input, weight.contiguous(memory_format=layout), bias, geometry)
+            convolution.check(output, input, weight, bias, geometry)
 
 
 def affine_battery(ops) -> None:

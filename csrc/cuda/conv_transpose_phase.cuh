@@ -1,0 +1,43 @@
+#pragma once
+
+// What conv_transpose.cu launches its kernel with, and which taps of the weight an output meets.
+
+#include "../conv_transpose.h"
+#include "launch.h"
+
+namespace gpt4fast {
+
+// input is (N, D, H, W, G, padded) by input_strides of N, D, H and W in their places: each group's channels are
+// neighbours, at a multiple of 16 bytes, zeros behind them. weight is (G, taps, Cout / G, padded) likewise, or, where
+// weight_is_direct, as it is given, the output's channels neighbours. Sizes fit in 32 bits, which divide far faster.
+struct ConvTransposeLaunch : ConvTransposeParams {
+  const float *bias, *factor, *shift;  // (Cout), or null
+  int64_t padded, group_stride;
+  bool weight_is_direct;
+  int64_t out_strides[5];
+  int64_t tap_steps[3];    // taps of one phase are so many apart,
+  int64_t shift_steps[3];  // and meet inputs that are so many apart
+  int64_t phases[3], pixel_tiles, channel_tiles;
+};
+
+// Along one dimension: outputs residue + stride * q meet taps first + step * j at inputs q + shift - j * shift_step.
+struct Phase {
+  int residue, places, first, taps, shift;
+
+  __device__ __forceinline__ Phase(const ConvTransposeLaunch& p, int axis, uint32_t remainder)
+      : residue(static_cast<int>(remainder)) {
+    const auto stride = static_cast<int>(p.stride[axis]), dilation = static_cast<int>(p.dilation[axis]),
+               kernel = static_cast<int>(p.kernel[axis]), step = static_cast<int>(p.tap_steps[axis]);
+    const int start = residue + static_cast<int>(p.padding[axis]);
+    places = (static_cast<int>(p.out_size[axis]) - residue + stride - 1) / stride;
+    first = 0;
+    while (first < step && first < kernel && (start - first * dilation) % stride != 0) {
+      ++first;
+    }
+    const bool any = first < step && first < kernel;
+    taps = any ? (kernel - first + step - 1) / step : 0;
+    shift = any ? (start - first * dilation) / stride : 0;
+  }
+};
+
+}  // namespace gpt4fast
