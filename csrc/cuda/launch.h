@@ -13,6 +13,12 @@
 
 #if defined(__CUDACC__)
 
+#include <array>
+#include <atomic>
+#include <mutex>
+#include <set>
+#include <utility>
+
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
@@ -55,6 +61,7 @@ class Device {
  private:
   int processors_;
 #if defined(__CUDACC__)
+  int32_t index_;
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_;
 #endif
@@ -65,18 +72,40 @@ void allow_access(const void* data, int64_t bytes, bool writable);
 
 #if defined(__CUDACC__)
 
-inline Device::Device(const torch::stable::Tensor& tensor) : guard_(tensor.get_device_index()) {
+// Asked once: a call to the driver at every launch takes the host as long as the launch.
+inline int count_processors(int32_t device) {
+  static std::array<std::atomic<int>, 64> known{};
+  std::atomic<int>& kept = known.at(static_cast<size_t>(device));
+  int count = kept;
+  if (count == 0) {
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+    kept = count;
+  }
+  return count;
+}
+
+// Likewise: whether it is the first launch of a kernel on a device.
+inline bool is_first_launch(const void* kernel, int32_t device) {
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, int32_t>> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  return known.emplace(kernel, device).second;
+}
+
+inline Device::Device(const torch::stable::Tensor& tensor)
+    : processors_(count_processors(tensor.get_device_index())),
+      index_(tensor.get_device_index()),
+      guard_(tensor.get_device_index()) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
   stream_ = static_cast<cudaStream_t>(stream);
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&processors_, cudaDevAttrMultiProcessorCount, tensor.get_device_index()));
 }
 
 template <typename... Parameters, typename... Arguments>
 void Device::launch(void (*kernel)(Parameters...), int64_t blocks, unsigned threads, size_t shared_bytes,
                     const Arguments&... arguments) const {
   STD_TORCH_CHECK(blocks <= INT32_MAX, "expected at most ", INT32_MAX, " blocks, but the tensors take ", blocks);
-  if (shared_bytes > (48 << 10)) {
+  if (shared_bytes > (48 << 10) && is_first_launch(reinterpret_cast<const void*>(kernel), index_)) {
     STD_CUDA_CHECK(
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
   }
