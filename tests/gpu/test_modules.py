@@ -50,9 +50,9 @@ def test_training_follows_torch(channels_last, monkeypatch):
             loss.backward()
             optimizer.step()
             losses.append(loss.detach())
-        torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
+        torch.testing.assert_close(*losses, rtol=1e-4, atol=0)
     for (name, a), b in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
 
 
 # optimize

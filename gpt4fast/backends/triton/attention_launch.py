@@ -44,6 +44,8 @@ def launch(
         attn_mask = attn_mask.view(torch.uint8) if attn_mask.dtype == torch.bool else attn_mask
     dropped = min(int(dropout_p * 2**32), 2**32)  # of all words; below one there is no dropout
     extras = attn_mask is not None or softcap > 0 or dropped > 0
+    capability = capability_of(query)
+    widths = {"BLOCK_D": config.padded(head_dim), "BLOCK_DV": config.padded_values(value_dim, capability)}
 
     def run(tile: dict[str, int]) -> None:
         tile, described = dict(tile), {}
@@ -51,7 +53,8 @@ def launch(
             described = {"KeyDescriptor": None, "ValueDescriptor": None}
             if tile.pop("DESCRIPTORS", 0):
                 described = {
-                    f"{name}Descriptor": descriptor(t, tile["BLOCK_N"]) for name, t in (("Key", key), ("Value", value))
+                    "KeyDescriptor": descriptor(key, tile["BLOCK_N"], widths["BLOCK_D"]),
+                    "ValueDescriptor": descriptor(value, tile["BLOCK_N"], widths["BLOCK_DV"]),
                 }
         tiles = -(-lengths[over_keys] // tile["BLOCK_N" if over_keys else "BLOCK_M"])
         getattr(kernels, f"{kernel}_kernel")[(tiles * programs,)](
@@ -82,14 +85,13 @@ def launch(
             keep_scale=1 / (1 - dropout_p) if dropout_p < 1 else 1.0,
             D=head_dim,
             DV=value_dim,
-            BLOCK_D=config.padded(head_dim),
-            BLOCK_DV=config.padded(value_dim),
             PRECISION=precision(),
+            **widths,
             **tile,
         )
 
     tile = choose_tile(f"{kernel}_tile", query, value, extras=extras)
-    if kernel == "forward" and all(config.takes_descriptor(t, capability_of(query)) for t in (key, value)):
+    if kernel == "forward" and all(config.takes_descriptor(t, capability) for t in (key, value)):
         tile = {**tile, "DESCRIPTORS": 0}  # pointers, unless the tuner measures that descriptors are faster
     sizes = tuple(number.bit_length() for number in (programs, *lengths))
     features = is_causal, left >= 0, extras, dropped > 0, "DESCRIPTORS" in tile, precision(), str(query.dtype)
@@ -97,12 +99,11 @@ def launch(
         run(tuning.fastest(kernel, (head_dim, value_dim, *sizes, *features), tile, run, query))
 
 
-def descriptor(matrices: Tensor, rows: int):
-    """Of (B, H, L, D), for tiles of ``rows`` whole rows: Hopper and Blackwell fetch one by a single instruction."""
+def descriptor(matrices: Tensor, rows: int, columns: int):
+    """Of (B, H, L, D), for tiles of whole rows, D <= columns: Hopper and Blackwell fetch one by a single instruction."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    block = [1, 1, rows, config.padded(matrices.shape[3])]
-    return TensorDescriptor(matrices, list(matrices.shape), list(matrices.stride()), block)
+    return TensorDescriptor(matrices, list(matrices.shape), list(matrices.stride()), [1, 1, rows, columns])
 
 
 def launch_delta(grad_out: Tensor, out: Tensor, grad_lse: Tensor | None, delta: Tensor) -> None:

@@ -90,7 +90,8 @@ def test_values_and_gradients(case, dtype):
         assert torch.equal(got.isfinite(), true.isfinite()), name
         got, other, true = (torch.where(true.isfinite(), t.double(), 0) for t in (got, other, true))
         eps = torch.finfo(torch.float32 if name == "lse" else dtype).eps
-        assert (got - true).norm() <= 2 * (other - true).norm() + 2 * eps * true.norm(), name
+        roundings = 4 if DEVICE == "cuda" else 2  # a GPU's exp2 and log2 are off by two units themselves
+        assert (got - true).norm() <= 2 * (other - true).norm() + roundings * eps * true.norm(), name
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -112,9 +113,9 @@ def described(monkeypatch, choice, call, function=triton_attention.attention):
     """Results with descriptors (1) or pointers (0), and what there were descriptors of."""
     made, original = [], attention_launch.descriptor
 
-    def descriptor(tensor, rows):
+    def descriptor(tensor, *block):
         made.append("Key" if tensor.data_ptr() == call["key"].data_ptr() else "Value")
-        return original(tensor, rows)
+        return original(tensor, *block)
 
     monkeypatch.setattr(attention_launch, "descriptor", descriptor)
     monkeypatch.setattr(

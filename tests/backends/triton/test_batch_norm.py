@@ -132,6 +132,7 @@ def test_statistics_of_the_epilogue(case, dtype):
 def test_module_in_training(dims, options, monkeypatch):
     """Three steps of a module are torch's: outputs, gradients, running statistics; the epilogue takes the batch's."""
     monkeypatch.setattr(batch_norm, "_statistics", None)
+    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
     conv = gpt4fast.nn.__dict__[f"ConvTranspose{dims}d"](6, 5, 4, stride=2).to(DEVICE)
     theirs = (nn.BatchNorm1d, nn.BatchNorm2d)[dims - 1](5, **options).to(DEVICE)
     ours = copy.deepcopy(theirs)
