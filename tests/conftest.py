@@ -87,3 +87,13 @@ def every_call_dispatched():
 
     with dispatch.listening(lambda op, name: None):
         yield
+
+
+@pytest.fixture
+def exact_float32() -> Iterator[None]:
+    """Products of float32 on a GPU are exact, torch's too."""
+    convolutions, products = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = convolutions.fp32_precision, products.allow_tf32
+    convolutions.fp32_precision, products.allow_tf32 = "ieee", False
+    yield
+    convolutions.fp32_precision, products.allow_tf32 = before

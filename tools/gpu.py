@@ -8,6 +8,7 @@ comes last. The exit code is 1 where a test failed or a check found something.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shutil
 import signal
@@ -29,18 +30,17 @@ def main() -> int:
     parser.add_argument("--check-seconds", type=float, default=240.0, help="the tests are stopped after so many")
     parser.add_argument("--table-seconds", type=float, default=150.0, help="no cell is begun after so many")
     parser.add_argument("--only", choices=("checks", "table"), help="leave the other out")
-    parser.add_argument("--compile", action="store_true", help="torch.compile in the table")
     options = parser.parse_args()
     output = options.output.resolve()
     output.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("GPT4FAST_CACHE_DIR", str(output / "tuning"))
     commands = {} if options.only == "table" else checks()
     if options.only != "checks":
-        commands |= warming(output, options)
+        commands |= warming(output)
     codes = side_by_side(commands, output, options.check_seconds)
     if options.only != "checks":
         run = [PYTHON, "-P", "-m", "gpt4fast.benchmarks.gpu", "--output", str(output)]
-        run += ["--seconds", str(options.table_seconds), *(["--compile"] if options.compile else [])]
+        run += ["--seconds", str(options.table_seconds), "--compile"]
         codes["table"] = subprocess.run(run, cwd=ROOT).returncode
     for name, code in codes.items():
         log = output / f"{name}.log"
@@ -50,23 +50,24 @@ def main() -> int:
 
 
 def checks() -> dict[str, list[str]]:
-    workers = max(1, (len(os.sched_getaffinity(0)) - 2) // 2)
+    workers = str(max(1, (len(os.sched_getaffinity(0)) - 2) // 2))
     commands = {
-        "tests": [*PYTEST, "-m", "gpu", "-n", str(workers), "tests/gpu", "tests/csrc"],
-        "triton": [*PYTEST, "-n", str(workers), *TRITON],
+        "tests": [*PYTEST, "-m", "gpu", "-n", workers, "tests/gpu", "tests/csrc"],
+        "triton": [*PYTEST, "-n", workers, *TRITON],
     }
-    sanitizer = shutil.which("compute-sanitizer")
-    battery = [*PYTEST, "-m", "gpu", "tests/csrc/cuda_emulation"]
+    sanitizer, small = shutil.which("compute-sanitizer"), "tests/csrc/cuda_emulation"
+    battery = [*PYTEST, "-m", "gpu", small]
     if sanitizer:
+        commands["tests"] += ["--ignore", small]
         for tool in ("memcheck", "racecheck"):
-            ours = ["--kernel-regex", "kns=gpt4fast", "--error-exitcode", "9"]
+            ours = ["--kernel-name", "kernel_substring=gpt4fast", "--error-exitcode", "9"]
             commands[tool] = [sanitizer, "--tool", tool, *ours, *battery]
     return commands
 
 
-def warming(output: Path, options) -> dict[str, list[str]]:
+def warming(output: Path) -> dict[str, list[str]]:
     command = [PYTHON, "-P", "-m", "gpt4fast.benchmarks.gpu", "--output", str(output), "--seconds", "60"]
-    command += ["--compile"] if options.compile else []
+    command.append("--compile")
     return {f"warm{i}": [*command, "--warm", str(i), str(WARMING)] for i in range(WARMING)}
 
 
@@ -84,8 +85,14 @@ def side_by_side(commands: dict[str, list[str]], output: Path, seconds: float) -
         try:
             codes[name] = process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # with its workers
+            os.kill(process.pid, signal.SIGINT)  # pytest tells then what has failed so far
             codes[name] = "stopped"
+    for name, process in running.items():
+        if codes[name] == "stopped":
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(5)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # with its workers
     return codes
 
 

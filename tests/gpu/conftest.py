@@ -40,13 +40,8 @@ def _heuristic_tiles(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def _exact_float32():
+def _exact_float32(exact_float32) -> None:
     """Products of float32 are exact at first; a test that says otherwise says it for itself alone."""
-    convolutions, products = torch.backends.cudnn.conv, torch.backends.cuda.matmul
-    before = convolutions.fp32_precision, products.allow_tf32
-    convolutions.fp32_precision, products.allow_tf32 = "ieee", False
-    yield
-    convolutions.fp32_precision, products.allow_tf32 = before
 
 
 @pytest.fixture

@@ -7,7 +7,8 @@ import torch
 from oracles import available
 
 import gpt4fast
-from gpt4fast.backends import dispatch
+from gpt4fast.backends import dispatch, preferences
+from gpt4fast.ops.attention import prepare
 
 
 def qkv(dtype=torch.float32):
@@ -177,3 +178,32 @@ def test_function_transforms(impl):
     torch.testing.assert_close(torch.func.jvp(loss, (query,), (key,))[1], (gradient * key).sum())
     stacked = torch.stack([query, key])
     torch.testing.assert_close(torch.func.vmap(loss)(stacked), torch.stack([loss(q) for q in stacked]))
+
+
+def test_what_auto_prefers_on_a_gpu():
+    """On tensors of no device, which are as little on a CPU as a GPU's."""
+    query, keys = (torch.empty(2, heads, 40, 64, device="meta", dtype=torch.bfloat16) for heads in (4, 2))
+    lengths = torch.empty(2, device="meta", dtype=torch.int64)
+
+    def attention(**options):
+        options = {"dropout_p": 0.0, "is_causal": True, "scale": None, "query_offset": 0, "softcap": 0.0} | options
+        names = "attn_mask dropout_p is_causal scale query_offset kv_lengths kv_starts window softcap alibi_slopes"
+        arguments = [options.get(name) for name in names.split()]
+        call, _ = prepare(query, keys, keys, *arguments, options.get("return_lse", False))
+        return preferences.attention(call)
+
+    assert attention()[0] == "torch" and attention(is_causal=False, query_offset=3)[0] == "torch"
+    for options in ({"window": (3, 0)}, {"kv_lengths": lengths}, {"softcap": 2.0}, {"query_offset": 3}):
+        assert attention(**options) == ("cuda", "triton", "torch", "reference")
+    assert preferences.packed_or_cached_attention({"query": query})[0] == "cuda"
+
+    def convolution(outputs=128, groups=1, dtype=torch.bfloat16, **options):
+        input = torch.empty(2, 128, 8, 8, device="meta", dtype=dtype)
+        weight = torch.empty(128, outputs, 4, 4, device="meta", dtype=dtype, requires_grad=options.pop("trains", False))
+        names = ("bias", "scale", "shift", "activation")
+        call = {"input": input, "weight": weight, "groups": groups} | dict.fromkeys(names) | options
+        return preferences.conv_transpose(call)[0]
+
+    assert convolution() == convolution(activation="relu", dtype=torch.float32) == "torch"
+    assert convolution(activation="relu") == convolution(outputs=64) == convolution(1, groups=128) == "triton"
+    assert convolution(activation="relu", trains=True) == "torch"

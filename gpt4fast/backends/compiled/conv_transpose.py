@@ -55,7 +55,7 @@ def _bind(input: Tensor, weight: Tensor, settings: Sequence, activation: str | N
     dims, channels_last = len(stride) + 2, memory_format(input, weight) != torch.contiguous_format
     kept = input.is_cpu and is_kept(weight)
     winograd = input.is_cpu and winograd_wins(input, weight, stride, groups, dilation, kept)
-    tf32 = not input.is_cpu and torch.backends.cudnn.conv.fp32_precision == "tf32"
+    tf32 = not input.is_cpu and convolutions_take_tf32()
     last = activation or "none", negative_slope, channels_last
 
     def run(input: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None) -> Tensor:
@@ -67,6 +67,12 @@ def _bind(input: Tensor, weight: Tensor, settings: Sequence, activation: str | N
         return output if images is input else output.squeeze(0)
 
     return run
+
+
+@torch.compiler.assume_constant_result  # Dynamo of torch 2.11 can't trace torch's own setting
+def convolutions_take_tf32() -> bool:
+    """Whether torch's convolutions round float32 on a GPU to TF32."""
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"
 
 
 def winograd_wins(input: Tensor, weight: Tensor, stride, groups: int, dilation, kept: bool) -> bool:

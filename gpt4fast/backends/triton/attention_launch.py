@@ -100,7 +100,7 @@ def launch(
 
 
 def descriptor(matrices: Tensor, rows: int, columns: int):
-    """Of (B, H, L, D), for tiles of whole rows, D <= columns: Hopper and Blackwell fetch one by a single instruction."""
+    """Of (B, H, L, D), for tiles of whole rows, D <= columns: Hopper and Blackwell fetch one by one instruction."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     return TensorDescriptor(matrices, list(matrices.shape), list(matrices.stride()), [1, 1, rows, columns])

@@ -127,12 +127,12 @@ def test_statistics_of_the_epilogue(case, dtype):
     torch.testing.assert_close(rstd.double(), (exact[0] + 1e-3).rsqrt(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.usefixtures("exact_float32")
 @pytest.mark.parametrize("dims", [1, 2])
 @pytest.mark.parametrize("options", [{}, {"momentum": None}, {"affine": False, "track_running_stats": False}])
 def test_module_in_training(dims, options, monkeypatch):
     """Three steps of a module are torch's: outputs, gradients, running statistics; the epilogue takes the batch's."""
     monkeypatch.setattr(batch_norm, "_statistics", None)
-    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
     conv = gpt4fast.nn.__dict__[f"ConvTranspose{dims}d"](6, 5, 4, stride=2).to(DEVICE)
     theirs = (nn.BatchNorm1d, nn.BatchNorm2d)[dims - 1](5, **options).to(DEVICE)
     ours = copy.deepcopy(theirs)
