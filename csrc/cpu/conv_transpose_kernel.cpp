@@ -178,10 +178,11 @@ class Kernel {
     const T* weight = packed_ + (group * layout.blocks + block) * layout.block_size();
     const T* input = input_ + group * (plan.in_place ? layout.group_inputs : plan.by_taps ? 0 : layout.depth);
     for (int64_t d = 0; d < p.kernel[0]; ++d) {
+      const Reached depths = reached_by(p, outputs_, inputs_, 0, d);
       for (int64_t h = 0; h < p.kernel[1]; ++h) {
+        const Reached rows = reached_by(p, outputs_, inputs_, 1, h);
         for (int64_t w = 0; w < p.kernel[2]; ++w, weight += layout.depth * layout.width) {
-          Reached reached[3] = {reached_by(p, outputs_, inputs_, 0, d), reached_by(p, outputs_, inputs_, 1, h),
-                                reached_by(p, outputs_, inputs_, 2, w)};
+          Reached reached[3] = {depths, rows, reached_by(p, outputs_, inputs_, 2, w)};
           if (plan.by_taps) {
             copy_inputs_of_tap(group, reached);
           }
