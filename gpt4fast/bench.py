@@ -84,16 +84,3 @@ def main(
     report.draw_chart(output / f"{op}.png", rows, f"{op}: gpt4fast against torch", note + str(origin["date"])[:10])
     console.print(f"Written: {output / op}.json, {output / op}.png", highlight=False)
     return rows
-
-
-def gpu_table(output: Path = Path("gpt4fast-bench-gpu")) -> None:
-    """The quick cells of both ops on the GPU, against cuDNN, SDPA and torch.compile. Not yet run on a GPU.
-
-    Writes what ``main`` writes and ends with a short table. Without a GPU it exits with one line.
-    """
-    if not torch.cuda.is_available():
-        raise SystemExit("No GPU: torch sees no CUDA device, so nothing was measured.")
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    rows = [row for op in OPS for row in main(op, quick=True, output=output, compile=True, device="cuda")]
-    report.print_table([row for row in rows if row["candidate"] == candidates.SUBJECT], "gpt4fast on this GPU")
-    print(report.summary(rows))

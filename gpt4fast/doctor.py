@@ -135,8 +135,6 @@ def print_report(console) -> None:
         for (name, reason), ops in _reasons(chosen).items():
             console.print(f"  [cyan]{name}[/cyan] [dim]for {', '.join(ops)}:[/dim] {escape(reason)}", highlight=False)
         console.print()
-    if not torch.cuda.is_available():
-        console.print("GPU kernels: not yet run on a GPU here.", style="dim")
 
 
 def _reasons(chosen: list[Choice]) -> dict[tuple[str, str], list[str]]:

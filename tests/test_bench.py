@@ -164,7 +164,7 @@ def test_monitor_sees_this_process_as_quiet_and_needs_no_proc(monkeypatch):
 
 
 def test_cuda_timer_empties_the_cache_before_each_call(monkeypatch):
-    """With stand-ins for CUDA: the order of events and the mean. It has not yet run on a GPU."""
+    """With stand-ins for CUDA: the order of events and the mean."""
     log = []
 
     class Event:
@@ -339,11 +339,3 @@ def test_table_and_summary_show_losses_and_wrong_values():
     assert "0.50" in text and "reference" in text and "wrong" in text
     assert report.summary(lost) == "gpt4fast against torch on 1 cells: 0 faster, 0 as fast, 1 slower."
     assert "1 cells have WRONG VALUES" in report.summary(bad)
-
-
-def test_gpu_table_needs_a_gpu(monkeypatch):
-    from gpt4fast import bench
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit, match="No GPU"):
-        bench.gpu_table()

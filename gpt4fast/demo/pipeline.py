@@ -89,7 +89,7 @@ def _summary(output: Path, state: State, threads: int, seed: int) -> dict:
     environment = {
         "Processor": f"{cpu_model()}, CPU level {rows['CPU level']}",
         "Threads": f"{threads}",
-        "GPU": "present, but this demo runs on the CPU" if has_gpu else "none; not yet run on a GPU",
+        "GPU": "present, but this demo runs on the CPU" if has_gpu else "none",
         "Versions": f"gpt4fast {gpt4fast.__version__}" + (f" ({commit})" if commit else "")
         + f", torch {torch.__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}",
         "CPU library": rows["CPU library"],

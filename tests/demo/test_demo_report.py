@@ -69,7 +69,7 @@ def content(tmp_path):
         "steps": {name: {"result": result, "seconds": 30.0 + i} for i, (name, result) in enumerate(results.items())},
         "tiles": [fact("From nothing to this page", "3 min 15 s")],
         "commands": "gpt4fast generate text x",
-        "environment": {"threads": 2, "gpu": "not yet run on a GPU", "rows": {"Versions": "torch 2.13"}},
+        "environment": {"threads": 2, "gpu": "none of these numbers", "rows": {"Versions": "torch 2.13"}},
     }
 
 
@@ -84,7 +84,7 @@ def test_report_has_every_section_and_needs_nothing_else(tmp_path, content, read
     for words in (
         "3 min 15 s",
         "1,234,567",
-        "not yet run on a GPU",
+        "none of these numbers",
         "torch 2.13",
         "A & B <script>",
         "or not <b>",

@@ -111,7 +111,7 @@ def cuda_conv_transpose(
     negative_slope: float,
 ) -> Tensor:
     """``conv_transpose`` on a GPU. Of groups with few channels tensor cores would compute mostly padding: cuDNN
-    convolves them, and bias, scale, shift and activation are one pass over its output. Not yet run on a GPU."""
+    convolves them, and bias, scale, shift and activation are one pass over its output."""
     settings = stride, padding, output_padding, groups, dilation
     if min(weight.shape[0] // groups, weight.shape[1]) >= FEWEST_CHANNELS or groups == 1:
         return conv_transpose(input, weight, bias, *settings, scale, shift, activation, negative_slope)

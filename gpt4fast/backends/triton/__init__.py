@@ -1,4 +1,4 @@
-"""Kernels in Triton, which needs no compiler on the machine; never run on a GPU so far (see each file).
+"""Kernels in Triton, which needs no compiler on the machine.
 
 To torch.compile they are opaque custom ops with fake kernels, not ``torch.library.triton_op``. That would have torch
 trace the code around each launch with tensors that hold no numbers: the tuner could measure nothing, a tensor's

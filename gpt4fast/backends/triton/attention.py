@@ -1,6 +1,6 @@
 """Attention by Triton kernels, with its gradients: FlashAttention-2 (Dao, 2023). Shapes as in the reference.
 
-Never run on a GPU so far: the kernels are tested by Triton's interpreter, and compiled for sm_80, sm_90 and sm_100.
+Run on an H200 (benchmarks/LOG.md); tested by Triton's interpreter too, and compiled for sm_80, sm_90 and sm_100.
 Triton itself is imported at the first launch.
 """
 

@@ -1,6 +1,6 @@
 """Transposed convolution by Triton kernels, with its gradients. Shapes as in the reference.
 
-Never run on a GPU so far: the kernels are tested by Triton's interpreter, and compiled for sm_80, sm_90 and sm_100.
+Run on an H200 (benchmarks/LOG.md); tested by Triton's interpreter too, and compiled for sm_80, sm_90 and sm_100.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Which of a few tiles is fastest: measured once for each kind of GPU and class of shapes, then read from a file.
 
 The file is ``triton_tuning.json`` in ``GPT4FAST_CACHE_DIR``, or in ``gpt4fast`` of the user's cache folder; deleting it
-measures anew. Never run on a GPU so far: the tests give it times of their own.
+measures anew.
 """
 
 from __future__ import annotations
