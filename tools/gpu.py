@@ -20,7 +20,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = sys.executable
 WARMING = 4  # processes
-PYTEST = [PYTHON, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider"]  # -P: what is installed, not the source tree
+# -P: what is installed, not the source tree; -v: the names of tests that failed before it was stopped
+PYTEST = [PYTHON, "-P", "-m", "pytest", "-v", "-p", "no:cacheprovider", "-p", "no:benchmark"]
 TRITON = ["tests/backends/triton", "--ignore", "tests/backends/triton/test_machine_code.py"]
 
 
@@ -90,7 +91,7 @@ def side_by_side(commands: dict[str, list[str]], output: Path, seconds: float) -
     for name, process in running.items():
         if codes[name] == "stopped":
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(5)
+                process.wait(30)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # with its workers
     return codes

@@ -188,10 +188,13 @@ def decode_kernel(
         if ValueScales is not None:
             value = value.to(tl.float32).to(query.dtype)
             place = place_of(Table, batch, index, block_size, blocks_per_row, value_scales_strides, is_entry)
-            weights *= tl.load(ValueScales + place + kv_head * value_scales_strides[1], mask=is_entry, other=0.0)[
-                None, :
-            ]
-        out = out * shrink[:, None] + dot(weights, value, PRECISION)
+            scales = tl.load(ValueScales + place + kv_head * value_scales_strides[1], mask=is_entry, other=0.0)
+            # By the largest, so that in float16 no weight times a small scale becomes subnormal.
+            largest = tl.max(scales, 0)
+            largest = tl.where(largest > 0, largest, 1.0)
+            out = out * shrink[:, None] + dot(weights * (scales / largest)[None, :], value, PRECISION) * largest
+        else:
+            out = out * shrink[:, None] + dot(weights, value, PRECISION)
         peak = new_peak
 
     total = tl.where(total == 0, 1.0, total)
