@@ -160,19 +160,22 @@ class Kernel {
     });
   }
 
-  // Copies what one tap multiplies, and counts its places from there.
-  void copy_inputs_of_tap(int64_t group, Reached (&reached)[3]) {
+  // find_places for a copy of what one tap multiplies.
+  [[gnu::noinline]] int64_t find_copied_places(int64_t group, Reached depths, Reached rows, Reached columns) {
+    Reached* const reached[3] = {&depths, &rows, &columns};
     Block inputs = inputs_;
     for (int axis = 0; axis < 3; ++axis) {
-      Reached& along = reached[axis];
+      Reached& along = *reached[axis];
       inputs.first[axis + 1] += along.in;
       inputs.count[axis + 1] = along.count == 0 ? 0 : (along.count - 1) * along.in_step + 1;
       along.in = 0;
     }
     copy_inputs(inputs, group, 1);
+    return find_places(depths, rows, columns);
   }
 
-  void compute(int64_t group, int64_t block) {
+  // Inlined by GCC 12 it takes 1.7 times as long for 16 channels in bfloat16.
+  [[gnu::noinline]] void compute(int64_t group, int64_t block) {
     const WeightLayout<T>& layout = plan.layout;
     std::memset(plan.sums, 0, static_cast<size_t>(outputs_.size() * layout.width) * sizeof(float));
     const T* weight = packed_ + (group * layout.blocks + block) * layout.block_size();
@@ -182,11 +185,9 @@ class Kernel {
       for (int64_t h = 0; h < p.kernel[1]; ++h) {
         const Reached rows = reached_by(p, outputs_, inputs_, 1, h);
         for (int64_t w = 0; w < p.kernel[2]; ++w, weight += layout.depth * layout.width) {
-          Reached reached[3] = {depths, rows, reached_by(p, outputs_, inputs_, 2, w)};
-          if (plan.by_taps) {
-            copy_inputs_of_tap(group, reached);
-          }
-          const int64_t count = find_places(reached);
+          const Reached columns = reached_by(p, outputs_, inputs_, 2, w);
+          const int64_t count =
+              plan.by_taps ? find_copied_places(group, depths, rows, columns) : find_places(depths, rows, columns);
           const int64_t steps = layout.depth / kDepth<T>, parts = most(divide_up(steps, kSteps), fewest_parts_);
           for (int64_t part = 0; part < parts; ++part) {
             const int64_t first = steps * part / parts, last = steps * (part + 1) / parts;
@@ -201,8 +202,7 @@ class Kernel {
   }
 
   // Lists the pairs of an input and an output that one tap connects.
-  int64_t find_places(const Reached (&reached)[3]) {
-    const auto& [depths, rows, columns] = reached;
+  int64_t find_places(const Reached& depths, const Reached& rows, const Reached& columns) {
     const int64_t width = plan.layout.width;
     RowPlace* place = plan.places;
     for (int64_t image = 0; image < outputs_.count[0]; ++image) {

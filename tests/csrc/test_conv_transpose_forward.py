@@ -80,6 +80,9 @@ def assert_close(input, weight, times=2, **options):
     assert out.is_contiguous(memory_format=CHANNELS_LAST[input.dim() - 2] if channels_last else torch.contiguous_format)
     error = (out.double() - expected).norm().item()
     allowed = times * (plain.double() - expected).norm().item() + torch.finfo(input.dtype).eps * expected.norm().item()
+    if out.numel() < 256:  # torch's errors in so few numbers may happen to be next to nothing: by the size of the terms
+        options = {name: x.abs() if isinstance(x, Tensor) else x for name, x in options.items() if name != "activation"}
+        allowed += torch.finfo(torch.float32).eps * definition(input.abs(), weight.abs(), **options).norm().item()
     assert error <= allowed, f"{error} from float64, allowed {allowed}"
 
 
