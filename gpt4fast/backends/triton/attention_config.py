@@ -70,7 +70,7 @@ def forward_tile(
 ) -> dict[str, int]:
     """For ``forward_kernel``; ``tf32`` is for float32, ``extras`` whether there is a mask, a soft cap or dropout."""
     width = _width(head_dim, value_dim)
-    block_m, block_n, warps, most = _tiles(FORWARD, FORWARD_OF, itemsize, tf32, capability)[width]
+    block_m, block_n, warps, most = _tiles(FORWARD, FORWARD_OF, itemsize, tf32, capability, extras)[width]
     block_m = _halved(block_m, extras)
     stages = _stages(block_m * width * itemsize, block_n, block_m, width, itemsize, capability, extras)
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": min(most, stages)}
@@ -81,7 +81,7 @@ def backward_query_tile(
 ) -> dict[str, int]:
     """For ``backward_query_kernel``."""
     width = _width(head_dim, value_dim)
-    block_m, block_n, warps, most = _tiles(BACKWARD_QUERY, BACKWARD_QUERY_OF, itemsize, tf32, capability)[width]
+    block_m, block_n, warps, most = _tiles(BACKWARD_QUERY, BACKWARD_QUERY_OF, itemsize, tf32, capability, extras)[width]
     block_m, block_n = _halved(block_m, extras), _halved(block_n, extras)
     stages = _stages(2 * block_m * width * itemsize, block_n, block_m, width, itemsize, capability, extras)
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": min(most, stages)}
@@ -92,7 +92,7 @@ def backward_key_value_tile(
 ) -> dict[str, int]:
     """For ``backward_key_value_kernel``."""
     width = _width(head_dim, value_dim)
-    tiles = _tiles(BACKWARD_KEY_VALUE, BACKWARD_KEY_VALUE_OF, itemsize, tf32, capability)
+    tiles = _tiles(BACKWARD_KEY_VALUE, BACKWARD_KEY_VALUE_OF, itemsize, tf32, capability, extras)
     block_n, block_m, warps, most = tiles[width]
     block_n = _halved(block_n, extras)
     stages = _stages(2 * block_n * width * itemsize, block_m, block_n, width, itemsize, capability, extras)
@@ -123,10 +123,13 @@ def _width(head_dim: int, value_dim: int) -> int:
 
 
 def _tiles(
-    tables: dict, by_generation: dict, itemsize: int, tf32: bool, capability: tuple[int, int]
+    tables: dict, by_generation: dict, itemsize: int, tf32: bool, capability: tuple[int, int], extras: bool
 ) -> dict[int, tuple[int, int, int, int]]:
     if itemsize == 2:
-        return by_generation.get(capability[0], tables["half"])
+        generation = capability[0]
+        if generation == 9 and extras:  # Hopper's leave no registers for them
+            return tables["half"]
+        return by_generation.get(generation, tables["half"])
     return tables["tf32" if tf32 else "ieee"]
 
 

@@ -17,6 +17,8 @@ BUDGET = ROOT / "benchmarks" / "results" / "triton_static.json"
 SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
 # Bytes of a thread. Later versions spill none.
 SPILLING_BEFORE_3_9 = {"attention 128": 24}
+# 64 x 64 by four warps, which are faster on an H200 nevertheless (benchmarks/LOG.md).
+SPILLING = {"attention 128 bfloat16 sm_90": 48}
 
 SUMS_AND_COPIES = ("delta", "append", "combine", "statistics", "apply", "gradient_sums", "input_gradient")
 
@@ -58,7 +60,7 @@ def test_kernels_and_budget(tmp_path):
     found, budget = (json.loads(path.read_text()) for path in (tmp_path / "static.json", BUDGET))
     assert found["triton"] == triton.__version__
     kernels, allowed = found["kernels"], budget["kernels"]
-    spilling = SPILLING_BEFORE_3_9 if found["triton"] < "3.9" else {}
+    spilling = SPILLING | (SPILLING_BEFORE_3_9 if found["triton"] < "3.9" else {})
     wrong = {title: list(faults(title, kernel, spilling)) for title, kernel in kernels.items()}
     assert not {title: messages for title, messages in wrong.items() if messages}
     assert list(kernels) == list(allowed), "run tools/triton_static.py again"
