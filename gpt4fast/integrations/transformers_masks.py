@@ -185,6 +185,8 @@ def _pattern_bounds(
             (utils.sliding_window_causal_mask_function(local_size), True, (local_size - 1, -1)),
             (utils.sliding_window_bidirectional_mask_function(local_size), False, (local_size, local_size)),
         ]
+        if not isinstance(q_offset, Tensor) and q_offset + q_length <= local_size:  # all is in the first chunk
+            patterns.append((utils.chunked_causal_mask_function(local_size, ...), True, None))
     for pattern, is_causal, window in patterns:
         if _match(mask_function, pattern) is not None:
             offset = q_offset - kv_offset
@@ -202,7 +204,7 @@ def _pattern_bounds(
         )
         if (found := _match(mask_function, packed)) is not None:
             # Positions in a sequence rise by one, so that those in the row may stand for them.
-            cu_seqlens = _cu_seqlens(found[1])
+            cu_seqlens = _cu_seqlens(found[-1])
             longest = int(cu_seqlens.diff().max())
             return {"is_causal": is_causal, "window": window, "cu_seqlens": cu_seqlens, "max_seqlen": longest}
     return None

@@ -75,6 +75,7 @@ ENCODERS = {
     "modernbert": lambda: ModernBertConfig(
         **SIZES, vocab_size=99, local_attention=4, global_attn_every_n_layers=2, pad_token_id=0
     ),
+    "llama, both ways": lambda: LlamaConfig(**GROUPED, is_causal=False),
 }
 ENCODER_DECODERS = {
     "t5": lambda: T5Config(
@@ -334,6 +335,32 @@ def test_checkpointed_layers() -> None:
             network(ids, attention_mask=RIGHT, labels=ids.masked_fill(RIGHT == 0, -100)).loss.backward()
         for p, q in zip(model.parameters(), other.parameters(), strict=True):
             assert_close(q.grad, p.grad)
+
+
+def test_inference_mode_and_export() -> None:
+    model, ids = make(DECODERS["gemma3"]()), tokens()
+    other, keep = fast(model), LEFT.bool()
+    with torch.inference_mode():
+        expected = model(ids, attention_mask=LEFT).logits[keep]
+        assert_close(other(ids, attention_mask=LEFT).logits[keep], expected)
+    with torch.no_grad():
+        kwargs = {"attention_mask": LEFT, "use_cache": False}
+        exported = torch.export.export(other, (ids,), kwargs)
+        assert_close(exported.module()(ids, **kwargs).logits[keep], expected)
+    assert not any("gpt4fast" in str(node.target) for node in exported.graph.nodes)  # standard ops only
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+def test_every_implementation_reads_the_bounds(impl: str, monkeypatch) -> None:
+    model, ids = make(DECODERS["mistral"]()), tokens()
+    other = fast(model)
+    monkeypatch.setenv("GPT4FAST_IMPL", impl)
+    for batch in ("left-padded", "packed"):
+        kwargs = {**BATCHES[batch], "use_cache": False}
+        with torch.no_grad():
+            expected, actual = model(ids, **kwargs).logits, other(ids, **kwargs).logits
+        keep = kwargs.get("attention_mask", torch.ones_like(ids)).bool()
+        assert_close(actual[keep], expected[keep], batch)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

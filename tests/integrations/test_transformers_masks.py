@@ -27,7 +27,9 @@ MAKERS = {
 
 def make(maker: str, implementation: str, length: int, cache=None, batch: int = 2, **kwargs) -> torch.Tensor | None:
     config = SimpleNamespace(
-        _attn_implementation=implementation, sliding_window=kwargs.pop("window", 3), attention_chunk_size=3
+        _attn_implementation=implementation,
+        sliding_window=kwargs.get("window", 3),
+        attention_chunk_size=kwargs.pop("window", 3),
     )
     embeds = torch.zeros(batch, length, 4)
     arguments = {"attention_mask": None, **kwargs}
@@ -100,6 +102,11 @@ def test_usual_masks_are_lazy(maker: str, padding: str | None) -> None:
     mask = torch.ones(2, 6) if padding is None else torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
     lazy = make(maker, NAME, 6, attention_mask=mask)
     assert lazy is None if (maker, padding) == ("bidirectional", None) else isinstance(lazy, masks.LazyMask)
+
+
+def test_one_chunk_is_lazy() -> None:
+    lazy, tensor = (make("chunked", NAME, length, window=6, attention_mask=torch.ones(2, length)) for length in (6, 7))
+    assert isinstance(lazy, masks.LazyMask) and type(tensor) is torch.Tensor
 
 
 def test_packed_batches_are_lazy() -> None:
