@@ -28,7 +28,7 @@ try:
     import transformers
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    from .transformers_masks import LazyMask, attention_mask, bounds_of, dense_of, for_sdpa
+    from .transformers_masks import LazyMask, bounds_of, dense_of, for_sdpa, lazy_mask
 except ImportError as error:
     raise ImportError(
         f"gpt4fast.integrations.transformers needs transformers 5: pip install 'gpt4fast[hf]' ({error})"
@@ -44,7 +44,7 @@ NAME = "gpt4fast"
 def register() -> None:
     """Make ``attn_implementation="gpt4fast"`` known to transformers. Importing this module does it."""
     transformers.AttentionInterface.register(NAME, attention_forward)
-    transformers.AttentionMaskInterface.register(NAME, attention_mask)
+    transformers.AttentionMaskInterface.register(NAME, lazy_mask)
 
 
 def attention_forward(
@@ -70,7 +70,7 @@ def attention_forward(
 
     Args:
         query: (B, Hq, Lq, D); key: (B, Hk, Lk, D); value: (B, Hk, Lk, Dv).
-        attention_mask: what ``attention_mask`` of this package gave, or any mask that broadcasts to (B, Hq, Lq, Lk),
+        attention_mask: what ``lazy_mask`` gave, or any mask that broadcasts to (B, Hq, Lq, Lk),
             bool or float. None, as for ``sdpa``, is causal for more than one query where ``is_causal`` says so (where
             that is None, ``module``).
         softcap: scores become ``softcap * tanh(scores / softcap)``.

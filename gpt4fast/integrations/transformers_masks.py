@@ -127,7 +127,7 @@ def for_sdpa(mask: LazyMask) -> tuple[Tensor | None, bool]:
     return dense_of(mask), False
 
 
-def attention_mask(
+def lazy_mask(
     batch_size: int,
     q_length: int,
     kv_length: int,

@@ -457,9 +457,26 @@ def test_what_optimize_leaves_alone() -> None:
     reasons["chosen"] = gpt4fast.explain(gpt4fast.optimize(model))[0].why
     falcon = transformers.FalconConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, vocab_size=99)
     reasons["own"] = gpt4fast.explain(gpt4fast.optimize(make(falcon)))[0].why
+    splinter = transformers.SplinterConfig(**SIZES, vocab_size=99)
+    reasons["formula"] = gpt4fast.explain(gpt4fast.optimize(make(splinter, transformers.AutoModel)))[0].why
+    assert "a formula of its own" in reasons["formula"]
     assert "only attn_implementation='eager' does" in reasons["weights"]
     assert "'flex_attention' was chosen" in reasons["chosen"]
     assert "does not go through transformers' AttentionInterface" in reasons["own"]
+
+
+def test_sparse_attention_is_left_alone() -> None:
+    """DeepSeek's indexer gives a mask to eager and sdpa by name, and to others indices."""
+    config = transformers.DeepseekV32Config(
+        **SIZES, vocab_size=99, moe_intermediate_size=16, n_routed_experts=4, num_experts_per_tok=2, n_group=1,
+        topk_group=1, q_lora_rank=16, kv_lora_rank=8, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8,
+        index_n_heads=2, index_head_dim=16, index_topk=4,
+    )  # fmt: skip
+    other = gpt4fast.optimize(make(config))
+    assert other.config._attn_implementation == "eager" and "sparse" in gpt4fast.explain(other)[0].why
+    other.set_attn_implementation(NAME)
+    with pytest.raises(ValueError, match="does not take indices, which DeepseekV32Attention gives it"):
+        other(tokens())
 
 
 def test_attn_implementation_by_name(tmp_path) -> None:

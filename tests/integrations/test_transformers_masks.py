@@ -59,16 +59,15 @@ def calls(draw) -> tuple[str, dict]:
     length = draw(st.integers(1, 7))
     kwargs = {"length": length, "window": draw(st.integers(1, 9))}
     total = length
-    if draw(st.booleans()):
-        seen = draw(st.integers(0, 6))
-        kind = draw(st.sampled_from(["dynamic", "sliding", "static"]))
-        offset = draw(st.integers(0, seen)) if kind == "sliding" else 0
+    kind = draw(st.sampled_from(["sliding", "static", "dynamic", "packed", "none"]))
+    if kind == "packed" and not maker.startswith("bidirectional"):
+        ids = [sum(([*range(n)] for n in draw(st.lists(st.integers(1, 4), min_size=7))), [])[:length] for _ in range(2)]
+        return maker, kwargs | {"position_ids": torch.tensor(ids)}
+    if kind in ("sliding", "static", "dynamic"):
+        seen = draw(st.integers(1, 6))
+        offset = draw(st.integers(1, seen)) if kind == "sliding" else 0
         total = seen + length + (draw(st.integers(0, 4)) if kind == "static" else 0)
         kwargs["cache"] = Seen(torch.tensor(seen) if kind == "static" else seen, total - offset, offset)
-    elif draw(st.booleans()) and not maker.startswith("bidirectional"):
-        ids = [sum(([*range(n)] for n in draw(st.lists(st.integers(1, 4), min_size=7))), [])[:length] for _ in range(2)]
-        kwargs["position_ids"] = torch.tensor(ids)
-        return maker, kwargs
     padding = draw(st.sampled_from(["none", "left", "right", "both", "any", "short"]))
     mask = torch.ones(2, total, dtype=torch.long)
     for row in mask:
@@ -94,6 +93,13 @@ def test_bounds_and_tensor_are_transformers_own_mask(call) -> None:
         return
     assert (ours.shape, ours.dtype, ours.device) == (eager.shape, eager.dtype, eager.device)
     assert torch.equal(ours + 0, eager)
+
+
+@pytest.mark.parametrize("maker", ["causal", "sliding", "bidirectional sliding"])
+def test_a_cache_that_forgot_its_first_entries(maker: str) -> None:
+    mask = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1], [1] * 8])
+    eager, ours = (make(maker, name, 3, Seen(5, 6, 2), attention_mask=mask) for name in ("eager", NAME))
+    assert isinstance(ours, masks.LazyMask) and torch.equal(ours + 0, eager)
 
 
 @pytest.mark.parametrize("maker", ["causal", "sliding", "bidirectional", "bidirectional sliding"])

@@ -56,8 +56,5 @@ def install() -> None:
         return
     if importlib.util.find_spec("flash_attn") is not None:
         raise RuntimeError("install() stands in for a missing flash-attn only, but flash_attn is installed: use that")
-    sys.modules |= {
-        "flash_attn": this,
-        "flash_attn.flash_attn_interface": flash_attn_interface,
-        "flash_attn.bert_padding": bert_padding,
-    }
+    names = {"": this, ".flash_attn_interface": flash_attn_interface, ".bert_padding": bert_padding}
+    sys.modules.update({f"flash_attn{suffix}": module for suffix, module in names.items()})
