@@ -70,9 +70,8 @@ def attention_forward(
 
     Args:
         query: (B, Hq, Lq, D); key: (B, Hk, Lk, D); value: (B, Hk, Lk, Dv).
-        attention_mask: what ``lazy_mask`` gave, or any mask that broadcasts to (B, Hq, Lq, Lk),
-            bool or float. None, as for ``sdpa``, is causal for more than one query where ``is_causal`` says so (where
-            that is None, ``module``).
+        attention_mask: what ``lazy_mask`` gave, or any bool or float mask that broadcasts to (B, Hq, Lq, Lk). None, as
+            for ``sdpa``, is causal for more than one query where ``is_causal``, or if that is None ``module``, says so.
         softcap: scores become ``softcap * tanh(scores / softcap)``.
         s_aux: (Hq,), attention sinks: one more score for each head, with no value behind it.
         position_bias: (1 or B, Hq, Lq, Lk), added to the scores.

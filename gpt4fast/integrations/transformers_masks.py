@@ -189,7 +189,7 @@ def _pattern_bounds(
             patterns.append((utils.chunked_causal_mask_function(local_size, ...), True, None))
     for pattern, is_causal, window in patterns:
         if _match(mask_function, pattern) is not None:
-            offset = q_offset - kv_offset
+            offset = q_offset - kv_offset  # a copy where it is a tensor: a static cache counts on in its own
             if isinstance(offset, Tensor):
                 offsets = offset.reshape(1).expand(batch_size)
             else:

@@ -408,6 +408,20 @@ def test_mask_of_another_shape_than_the_scores() -> None:
         call(query=(2, 4, 3, 8), attention_mask=lazy)
 
 
+@pytest.mark.parametrize("kind", ["bool", "float", "lazy"])
+def test_position_bias_with_every_kind_of_mask(kind: str) -> None:
+    query, bias = torch.randn(2, 4, 5, 8), torch.randn(1, 4, 5, 5)
+    visible = torch.rand(2, 1, 5, 5) > 0.5
+    visible[..., 0] = True
+    mask = {"bool": visible, "float": torch.where(visible, 0.5, -torch.inf)}.get(kind)
+    if kind == "lazy":
+        visible = torch.ones(5, 5, dtype=torch.bool).tril()
+        mask = LazyMask((2, 1, 5, 5), torch.float32, "cpu", True)
+    out, _ = attention_forward(torch.nn.Module(), query, query, query, mask, position_bias=bias)
+    scores = (query @ query.mT * 8**-0.5 + bias).masked_fill(~visible, -torch.inf)
+    assert_close(out, (scores.softmax(-1) @ query).transpose(1, 2))
+
+
 def test_changed_mask_counts() -> None:
     lazy = LazyMask((2, 1, 5, 5), torch.float32, "cpu", True)
     lazy[:, :, 1:] = 0
