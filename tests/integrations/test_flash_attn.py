@@ -363,7 +363,7 @@ import flash_attn, flash_attn.bert_padding, flash_attn.flash_attn_interface
 from flash_attn import flash_attn_func
 from flash_attn.flash_attn_interface import flash_attn_varlen_func, flash_attn_with_kvcache
 from flash_attn.bert_padding import index_first_axis, pad_input, unpad_input
-assert flash_attn is ours and flash_attn_func is ours.flash_attn_func
+assert flash_attn is ours and flash_attn.bert_padding is ours.bert_padding
 q = torch.randn(1, 3, 2, 8)
 print(flash_attn.__version__, tuple(flash_attn_func(q, q, q).shape))
 """

@@ -126,6 +126,9 @@ def test_masks_of_other_functions_are_tensors() -> None:
 
     both = [make("causal", name, 6, and_mask_function=odd_keys_only) for name in ("eager", NAME)]
     assert type(both[1]) is torch.Tensor and torch.equal(*both)
+    window = masking_utils.sliding_window_causal_mask_function(4)  # not local_size
+    both = [f(2, 6, 6, mask_function=window, local_size=3) for f in (masking_utils.eager_mask, masks.lazy_mask)]
+    assert type(both[1]) is torch.Tensor and torch.equal(*both)
     images = torch.tensor([[-1, 0, 0, -1, 1, 1]] * 2)
     both = [make("causal", name, 6, block_sequence_ids=images) for name in ("eager", NAME)]
     assert type(both[1]) is torch.Tensor and torch.equal(*both)
@@ -149,7 +152,9 @@ def test_reading_and_detaching_leave_it_lazy() -> None:
 
 
 @pytest.mark.parametrize("maker", ["causal", "sliding", "bidirectional"])
-@pytest.mark.parametrize(("length", "cache"), [(1, None), (1, Seen(4, 5)), (3, Seen(torch.tensor(2), 8)), (4, None)])
+@pytest.mark.parametrize(
+    ("length", "cache"), [(1, None), (1, Seen(0, 5)), (1, Seen(4, 5)), (3, Seen(torch.tensor(2), 8)), (4, None)]
+)
 def test_for_sdpa(maker: str, length: int, cache) -> None:
     """What sdpa is given makes it see the same keys."""
     lazy, eager = make(maker, NAME, length, cache), make(maker, "eager", length, cache)
