@@ -55,6 +55,7 @@ class LazyMask(Tensor):
         self.anchor = torch.empty(0, device=device) if anchor is None else anchor  # torch.compile wants a tensor inside
         self.dense = dense
         self.settled = settled  # other code may have changed dense, which is what counts from then on
+        self.is_given_to_graph = False
 
     def __repr__(self, *, tensor_contents=None) -> str:
         names, _ = self.__tensor_flatten__()
@@ -64,12 +65,19 @@ class LazyMask(Tensor):
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         if func is torch.ops.aten.detach.default and not args[0].settled:
             names, settings = args[0].__tensor_flatten__()
-            return LazyMask(args[0].shape, *settings, **{name: getattr(args[0], name) for name in names})
+            return cls.__tensor_unflatten__({name: getattr(args[0], name) for name in names}, settings, args[0].shape)
         aliases = any(argument.alias_info is not None for argument in func._schema.arguments)
 
         def make_dense(mask: LazyMask) -> Tensor:
-            mask.settled |= aliases  # func writes to it, or gives a view through which others may
-            return dense_of(mask)
+            dense = dense_of(mask)
+            if aliases:  # func writes to it, or gives a view through which others may
+                if mask.is_given_to_graph:
+                    raise RuntimeError(
+                        f"a mask given to a compiled model must not be changed or viewed inside, as {func} does: use "
+                        'model.set_attn_implementation("sdpa") for this model'
+                    )
+                mask.settled, mask.dense = True, dense
+            return dense
 
         return func(*tree_map_only(LazyMask, make_dense, args), **tree_map_only(LazyMask, make_dense, kwargs or {}))
 
@@ -80,9 +88,14 @@ class LazyMask(Tensor):
         names = ("dense",) if self.settled else self.BOUNDS
         return [name for name in names if getattr(self, name) is not None], settings
 
+    def _stable_hash_for_caching(self) -> str:
+        return repr(self.__tensor_flatten__())
+
     @staticmethod
-    def __tensor_unflatten__(tensors, settings, size, stride):
-        return LazyMask(size, *settings, **tensors)
+    def __tensor_unflatten__(tensors, settings, size, stride=None):
+        mask = LazyMask(size, *settings, **tensors)
+        mask.is_given_to_graph = any(type(tensor) is not Tensor for tensor in tensors.values())  # they are traced
+        return mask
 
 
 # Functions, since torch.compile takes a method of a tensor for an op.
@@ -145,7 +158,8 @@ def lazy_mask(
     """transformers' ``eager_mask``, arguments and values alike, as a ``LazyMask`` wherever bounds can express it.
 
     Like ``eager_mask`` it gives None only for bidirectional attention, where every query sees every key and the caller
-    allows it: a model whose attention is code of its own may read every mask as eager attention does.
+    allows it: a model whose attention is code of its own may read every mask as eager attention does. Where a graph is
+    traced, and values can't be read, it is ``eager_mask``.
     """
     bounds = None
     if is_ordinary() and not is_tracing(attention_mask) and not isinstance(kv_offset, Tensor):
@@ -156,19 +170,9 @@ def lazy_mask(
         bounds = _with_padding(bounds, attention_mask[:batch_size, kv_offset : kv_offset + kv_length], kv_length)
     if bounds is None:
         return masking_utils.eager_mask(
-            batch_size,
-            q_length,
-            kv_length,
-            q_offset,
-            kv_offset,
-            mask_function,
-            attention_mask,
-            dtype,
-            allow_is_bidirectional_skip,
-            use_vmap,
-            device,
-            local_size=local_size,
-        )
+            batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, dtype,
+            allow_is_bidirectional_skip, use_vmap, device, local_size=local_size,
+        )  # fmt: skip
     if allow_is_bidirectional_skip and not any(bound is not None and bound is not False for bound in bounds.values()):
         return None
     return LazyMask((batch_size, 1, q_length, kv_length), dtype, device, **bounds)

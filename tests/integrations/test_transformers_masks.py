@@ -168,3 +168,22 @@ def test_for_sdpa(maker: str, length: int, cache) -> None:
     if mask is not None:
         visible = visible & (mask == 0)
     assert torch.equal(visible.expand(eager.shape), eager == 0)
+
+
+def changed(mask: torch.Tensor) -> torch.Tensor:
+    mask[:, :, 0] = 0
+    return mask + 1
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_function_that_is_given_one(backend: str) -> None:
+    """It may read it. What it changed, or what it changed through a view, would be lost: that raises."""
+    torch._dynamo.reset()
+    lazy = make("sliding", NAME, 4, attention_mask=torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]]))
+    doubled = torch.compile(lambda mask: mask * 2, backend=backend, fullgraph=True)(lazy)
+    assert torch.equal(doubled, lazy * 2) and not lazy.settled
+    for function in (changed, lambda mask: mask.mul_(2), lambda mask: mask[:, :, 1:]):
+        with pytest.raises(RuntimeError, match="must not be changed or viewed inside"):
+            torch.compile(function, backend=backend, fullgraph=True)(make("causal", NAME, 4))
+    settled = make("causal", NAME, 4)
+    assert torch.equal(changed(settled), torch.compile(lambda mask: mask + 1, backend=backend)(settled))
