@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -32,6 +33,7 @@ from transformers import (  # noqa: E402
     ViTConfig,
     WhisperConfig,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward  # noqa: E402
 
 import gpt4fast  # noqa: E402
 from gpt4fast.backends import dispatch  # noqa: E402
@@ -305,6 +307,20 @@ def test_cu_seq_lens() -> None:
         fast(model)(ids, attention_mask=torch.tensor([[0] + [1] * 12]), **packed)
 
 
+def test_cu_seq_lens_of_queries_and_keys() -> None:
+    """The last query of each sequence sees its last key, as in flash-attn; no longest length is needed."""
+    query, key = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 7, 8)
+    cu_q, cu_k = torch.tensor([0, 1, 3], dtype=torch.int32), torch.tensor([0, 3, 7], dtype=torch.int32)
+    out, _ = attention_forward(
+        torch.nn.Module(), query, key, key, None, cu_seq_lens_q=cu_q, cu_seq_lens_k=cu_k, sliding_window=3
+    )
+    for (i, rows), (j, columns) in (((0, 1), (0, 3)), ((1, 2), (3, 4))):
+        q, k = query[:, :, i : i + rows], key[:, :, j : j + columns]
+        visible = torch.ones(rows, columns, dtype=torch.bool).tril(columns - rows).triu(columns - rows - 2)
+        scores = (q @ k.mT * 8**-0.5).masked_fill(~visible, -torch.inf)
+        assert_close(out[:, i : i + rows], (scores.softmax(-1) @ k).transpose(1, 2))
+
+
 @pytest.mark.parametrize("compiled", ["forward", "layers"])
 def test_compile(compiled: str) -> None:
     model, ids = make(DECODERS["mistral"]()), tokens()
@@ -393,6 +409,16 @@ def test_dropout() -> None:
     kept = weights != 0
     assert 0.65 < kept.float().mean() < 0.85
     assert_close(weights[kept], exact[kept] / 0.75)
+
+
+@pytest.mark.parametrize("is_causal", [None, True, False])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 5), (3, 5), (5, 5), (5, 3)])
+def test_no_mask_means_what_it_means_for_sdpa(rows: int, columns: int, is_causal: bool | None) -> None:
+    query, key = torch.randn(2, 4, rows, 8), torch.randn(2, 4, columns, 8)
+    functions = attention_forward, sdpa_attention_forward
+    for module in (torch.nn.Module(), SimpleNamespace(is_causal=False)):
+        outputs = [function(module, query, key, key, None, is_causal=is_causal)[0] for function in functions]
+        assert_close(*outputs)
 
 
 def test_result_is_contiguous_and_has_no_weights() -> None:
