@@ -238,7 +238,10 @@ def test_flash_attn_with_kvcache(call: dict) -> None:
         stored = [torch.randn(table.numel() + 2, 4, KEY_HEADS, SIZE) for _ in range(2)]
         for blocks, cache in zip(stored, caches, strict=True):
             blocks[table.flatten().long()] = cache.view(-1, 4, KEY_HEADS, SIZE)
-        where = {"block_table": table}
+        given = table.clone()
+        for b, length in enumerate(call["listed"]):
+            given[b, -(-(length + (new or 0)) // 4) :] = -1  # blocks that are not needed
+        where = {"block_table": given}
     elif call["blocks"] == "rows":
         index = torch.randperm(batch + 2)[:batch].int()
         stored = [torch.randn(batch + 2, capacity, KEY_HEADS, SIZE) for _ in range(2)]
@@ -282,7 +285,7 @@ def test_flash_attn_with_kvcache(call: dict) -> None:
 def test_varlen_with_a_block_table() -> None:
     lengths_q, lengths_k = [3, 1], [9, 6]
     cu_q, cu_k = (torch.tensor([0, *n]).cumsum(0, dtype=torch.int32) for n in (lengths_q, lengths_k))
-    q, table = torch.randn(4, QUERY_HEADS, SIZE), torch.tensor([[3, 0, 4], [1, 5, 2]], dtype=torch.int32)
+    q, table = torch.randn(4, QUERY_HEADS, SIZE), torch.tensor([[3, 0, 4], [1, 5, -1]], dtype=torch.int32)
     k, v = (torch.randn(6, 4, KEY_HEADS, SIZE) for _ in range(2))
     out = flash_attn.flash_attn_varlen_func(q, k, v, cu_q, cu_k, 3, 9, causal=True, block_table=table)
     for b, part in enumerate(out.split(lengths_q)):
@@ -319,8 +322,8 @@ def test_unpad_and_pad() -> None:
         ("flash_attn_func", [(5, 4, 8)] * 3, r"q must have shape \(batch, length, heads, head_dim\), but is a tensor"),
         ("flash_attn_func", [(2, 5, 4, 8), (2, 5, 3, 8), (2, 5, 3, 8)], "number of heads that divides query's 4"),
         ("flash_attn_func", [(2, 5, 4, 8), (3, 5, 4, 8), (3, 5, 4, 8)], "must have query's batch dimensions"),
-        ("flash_attn_qkvpacked_func", [(2, 5, 2, 4, 8)], "qkv must have shape .*3, heads, head_dim"),
-        ("flash_attn_kvpacked_func", [(2, 5, 4, 8), (2, 5, 3, 4, 8)], "kv must have shape .*2, heads, head_dim"),
+        ("flash_attn_qkvpacked_func", [(2, 5, 2, 4, 8)], "qkv must have 5 dimensions .*3, heads, head_dim"),
+        ("flash_attn_kvpacked_func", [(2, 5, 4, 8), (2, 5, 3, 4, 8)], "kv must have 5 dimensions .*2, heads, head_dim"),
     ],
 )
 def test_wrong_shapes(function: str, shapes: list[tuple], message: str) -> None:
@@ -337,6 +340,7 @@ def test_wrong_calls_with_a_cache() -> None:
         ({"rotary_cos": angles, "rotary_sin": angles}, "k and v must be given with rotary_cos"),
         ({"k": q, "v": q, "cache_seqlens": 6}, "kv_lengths must fit the cache"),
         ({"k": q.repeat(1, 2, 1, 1), "v": q.repeat(1, 2, 1, 1), "cache_seqlens": 5}, "must leave room for 2 in 6"),
+        ({"cache_seqlens": 7, "block_table": torch.tensor([[0, 1], [1, -1]])}, r"a block for each of \[7, 7\] entries"),
         ({"cache_batch_idx": torch.zeros(2).int(), "block_table": torch.zeros(2, 1).int()}, "must be None with block"),
     ):
         with pytest.raises(ValueError, match=message):

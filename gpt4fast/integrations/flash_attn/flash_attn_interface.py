@@ -88,6 +88,7 @@ def flash_attn_varlen_func(
     """
     if block_table is not None:
         _check_layout(4, "(num_blocks, block_size, heads, head_dim) with block_table", k=k, v=v)
+        block_table = _without_unused(block_table, cu_seqlens_k.diff(), k.shape[1])
         k, v = (_unpaged(t, block_table, cu_seqlens_k.diff()) for t in (k, v))
     _check_layout(3, "(tokens, heads, head_dim)", q=q, k=k, v=v)
     lengths_q, lengths_k = cu_seqlens_q.diff(), cu_seqlens_k.diff()
@@ -152,8 +153,7 @@ def flash_attn_with_kvcache(
     The caches are (rows, length, Hk, D), of which ``cache_batch_idx`` (B,) picks the rows, or blocks (num_blocks,
     block_size, Hk, D) that ``block_table`` (B, blocks per row) puts in order. ``cache_seqlens`` counts their entries
     before the call; by default they are full. Rotary tables (positions, rotary_dim / 2) turn k by its places in the
-    cache, and q by the places from ``cache_seqlens`` on, or all of q by that one if neither causal nor windowed. There
-    is no gradient.
+    cache, and q by those from ``cache_seqlens`` on, or all by that one if neither causal nor windowed. No gradients.
     """
     _check_layout(4, "(batch, length, heads, head_dim)", q=q, k_cache=k_cache, v_cache=v_cache, k=k, v=v)
     if (k is None) != (v is None) or (rotary_cos is None) != (rotary_sin is None):
@@ -170,14 +170,17 @@ def flash_attn_with_kvcache(
     lengths = capacity if cache_seqlens is None else cache_seqlens
     if not isinstance(lengths, Tensor):
         lengths = torch.full((batch,), lengths, dtype=torch.int32, device=q.device)
+    if block_table is not None:
+        block_table = _without_unused(block_table, lengths + (0 if k is None else k.shape[1]), k_cache.shape[1])
     query, keys, values = (t.transpose(1, 2) for t in (q, k_cache, v_cache))
     new, new_values = (None if t is None else t.transpose(1, 2) for t in (k, v))
     rotary = None if rotary_cos is None else (rotary_cos, rotary_sin)
     settings = {"scale": softmax_scale, "softcap": softcap, "alibi_slopes": alibi_slopes, "return_lse": True}
     settings |= {"window": window_size, "kv_starts": cache_leftpad}
 
-    is_step = causal or rows == 1  # every query sees what is before it, as attention_decode has it
-    if is_step and new is not None and new.shape[2] == rows:
+    in_place = block_table is not None and q.is_cpu and int(lengths.min()) >= rows  # attention_decode copies no block
+    is_step = in_place if new is None else new.shape[2] == rows
+    if is_step and (causal or rows == 1):  # every query sees what is before it, as attention_decode has it
         out, lse = ops.attention_decode(
             query, keys, values, lengths, key=new, value=new_values, block_table=block_table, rotary=rotary,
             rotary_interleaved=rotary_interleaved, **settings,
@@ -213,13 +216,10 @@ def _check_layout(dims: int, layout: str, **tensors: Tensor | None) -> None:
 def _check_stacked(name: str, tensor: Tensor, dims: int, parts: int) -> None:
     check_tensor(name, tensor)
     if tensor.dim() != dims or tensor.shape[-3] != parts:
-        raise ValueError(
-            f"{name} must have shape (…, {parts}, heads, head_dim) and {dims} dimensions, but is {describe(tensor)}"
-        )
+        raise ValueError(f"{name} must have {dims} dimensions (…, {parts}, heads, head_dim), but is {describe(tensor)}")
 
 
-def _by_tokens(out: Tensor) -> Tensor:
-    """(B, L, H, D) from (B, H, L, D)."""
+def _by_tokens(out: Tensor) -> Tensor:  # (B, L, H, D) from (B, H, L, D)
     return out.transpose(1, 2).contiguous()
 
 
@@ -234,6 +234,14 @@ def _signed_weights(attend: Callable, one_hot: Tensor, dropout_p: float) -> Tens
         dropped = attend(one_hot, dropout_p)[0] == 0
     weights, _ = attend(one_hot, 0.0)
     return torch.where(dropped, -weights, weights)
+
+
+def _without_unused(block_table: Tensor, lengths: Tensor, block_size: int) -> Tensor:
+    """With 0 for the -1 (or other negative number) that may stand behind a row's last block."""
+    used = torch.arange(block_table.shape[1], device=lengths.device) * block_size < lengths[:, None]
+    if block_table.is_cpu and (used & (block_table < 0)).any():
+        raise ValueError(f"block_table must have a block for each of {lengths.tolist()} entries, but is {block_table}")
+    return block_table.clamp(min=0)
 
 
 def _unpaged(blocks: Tensor, block_table: Tensor, lengths: Tensor) -> Tensor:
