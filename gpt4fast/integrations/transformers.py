@@ -11,7 +11,7 @@ Either of these makes a model run on it::
 tokens are those of transformers' own attention, with any cache, padded and packed batches (``position_ids`` that begin
 anew, or ``cu_seq_lens_q`` and ``cu_seq_lens_k``), sliding windows, softcap, attention sinks, position bias and dropout,
 in ``generate`` and under ``torch.compile``. What gpt4fast does not serve goes to transformers' ``sdpa``, as does what
-is on a GPU, where "auto" takes torch's kernels.
+is on a GPU, where "auto" takes torch's kernels (not yet run on a GPU).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""flash-attn's functions on ``gpt4fast.attention``: any device, any floating dtype.
+"""flash-attn's functions on ``gpt4fast.attention``: any device (not yet run on a GPU), any floating dtype.
 
 Signatures, layouts and meaning are those of flash-attn 2 (https://github.com/Dao-AILab/flash-attention)::
 
