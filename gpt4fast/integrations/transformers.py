@@ -1,4 +1,4 @@
-"""transformers' models on gpt4fast's attention (transformers 5: ``pip install gpt4fast[hf]``).
+"""transformers' models on gpt4fast's attention (transformers 5.23 or later: ``pip install gpt4fast[hf]``).
 
 Either of these makes a model run on it::
 
@@ -31,7 +31,7 @@ try:
     from .transformers_masks import LazyMask, bounds_of, dense_of, for_sdpa, lazy_mask
 except ImportError as error:
     raise ImportError(
-        f"gpt4fast.integrations.transformers needs transformers 5: pip install 'gpt4fast[hf]' ({error})"
+        f"gpt4fast.integrations.transformers needs transformers 5.23 or later: pip install 'gpt4fast[hf]' ({error})"
     ) from error
 
 from .. import ops

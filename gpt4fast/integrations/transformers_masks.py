@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from transformers import masking_utils
+from transformers.masking_utils import remap_positions_for_packed_sequence  # new in 5.23
 from transformers.utils.import_utils import is_tracing
 
 from ..backends.reference.attention import visible_keys
@@ -203,9 +204,8 @@ def _pattern_bounds(
                     is_causal = False  # a step of decoding: its first query sees the last key
                 offsets = torch.full((batch_size,), offset, device=device) if offset else None
             return {"is_causal": is_causal, "window": window, "offsets": offsets if is_causal or window else None}
-        packed = utils.and_masks(
-            utils.remap_positions_for_packed_sequence(pattern, ...), utils.packed_sequence_mask_function(...)
-        )
+        remapped = remap_positions_for_packed_sequence(pattern, ...)
+        packed = utils.and_masks(remapped, utils.packed_sequence_mask_function(...))
         if (found := _match(mask_function, packed)) is not None:
             # Positions in a sequence rise by one, so that those in the row may stand for them.
             cu_seqlens = _cu_seqlens(found[-1])

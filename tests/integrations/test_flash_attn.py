@@ -408,7 +408,7 @@ def test_signatures() -> None:
 def test_transformers_flash_attention_2(monkeypatch) -> None:
     """transformers wants a GPU for flash_attention_2. With that check lifted its models run on these functions: padded
     batches by unpad_input and flash_attn_varlen_func, windows and softcap by their arguments."""
-    transformers = pytest.importorskip("transformers", minversion="5.0")
+    transformers = pytest.importorskip("transformers", minversion="5.23")
     from transformers import modeling_flash_attention_utils as utils
 
     monkeypatch.setattr(transformers.PreTrainedModel, "_flash_attn_can_dispatch", lambda *args, **kwargs: True)

@@ -73,7 +73,7 @@ def test_a_folded_batch_norm() -> None:
 
 
 def test_transformers_models() -> None:
-    transformers = pytest.importorskip("transformers", minversion="5.0")
+    transformers = pytest.importorskip("transformers", minversion="5.23")
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     for implementation in ("eager", "sdpa"):
         model = transformers.AutoModel.from_config(

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers", minversion="5.0")
+transformers = pytest.importorskip("transformers", minversion="5.23")
 
 from transformers import (  # noqa: E402
     BartConfig,
