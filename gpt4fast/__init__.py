@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "fast_ops": ".integrations.fast_ops",
     "optimize": ".integrations.optimize",
+    "restore": ".integrations.restore",
 }
 _SUBPACKAGES = ("data", "generation", "integrations", "models", "nn", "training")
 
@@ -26,6 +27,7 @@ __all__ = [
     "explain",
     "fast_ops",
     "optimize",
+    "restore",
 ]
 
 

@@ -1,1 +1,1 @@
-"""gpt4fast in code that was written for torch: ``fast_ops()`` for calls, ``optimize()`` for models."""
+"""gpt4fast in code that was written for others: torch (``fast_ops()``, ``optimize()``), transformers and flash-attn."""

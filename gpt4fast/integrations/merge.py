@@ -126,14 +126,14 @@ def _slope(activation: nn.Module | None) -> float:
 
 
 class Merged(nn.Identity):
-    """Stands where a module was that is now computed by the one before it."""
+    """Stands where ``replaced`` was, which is now computed by the module before it."""
 
-    def __init__(self, what: str) -> None:
+    def __init__(self, replaced: nn.Module) -> None:
         super().__init__()
-        self.what = what
+        self.replaced = (replaced,)  # in a tuple: its parameters are no longer the model's
 
     def extra_repr(self) -> str:
-        return f"{self.what}, computed by the module before it"
+        return f"{type(self.replaced[0]).__name__}, computed by the module before it"
 
 
 def swap_conv(conv: nn.Module) -> None:
@@ -154,7 +154,7 @@ def merge(run: Run) -> None:
         run.conv.activation, run.conv.negative_slope = activation_name(run.activation), _slope(run.activation)
     followers = [module for module in (run.norm, run.activation) if module is not None]
     for key, module in zip(run.keys[1:], followers, strict=True):
-        run.sequential._modules[key] = Merged(type(module).__name__)
+        run.sequential._modules[key] = Merged(module)
 
 
 @torch.no_grad()

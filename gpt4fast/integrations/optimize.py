@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import sys
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -38,6 +39,7 @@ def optimize(model: nn.Module, *, training: bool = False, example_inputs: object
       inference.
     - Other transposed convolutions and ``nn.MultiheadAttention`` (where weights are not asked for) run on gpt4fast.
     - Modules whose ``forward`` calls ``scaled_dot_product_attention`` or ``conv_transpose*`` run under ``fast_ops()``.
+    - transformers' models have ``attn_implementation="gpt4fast"`` (``gpt4fast.integrations.transformers``).
     - For training, convolutions with a stride have their gradients from the kernels of transposed convolution.
 
     Modules with hooks or parametrizations, and ones used in several places, are not merged with their neighbours;
@@ -59,7 +61,7 @@ def optimize(model: nn.Module, *, training: bool = False, example_inputs: object
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, but is {model!r} ({type(model).__name__})")
     folds = not training and any(run.norm is not None for run in all_runs(model))
-    fast = copy.deepcopy(model, _kept(model, parameters=not folds))
+    fast = copy.deepcopy(model, kept(model, parameters=not folds))
     if not training:
         fast.eval()
         for module in fast.modules():
@@ -73,13 +75,15 @@ def optimize(model: nn.Module, *, training: bool = False, example_inputs: object
         sequential.__class__ = subclass(MergedSequential, type(sequential))
     for module in fast.modules():
         _swap(module, training)
+    if for_transformers() is not None:
+        for_transformers().switch(fast)
     if example_inputs is not None:
         for module in hidden_callers(fast, example_inputs):
             module.__class__ = subclass(FastForward, type(module))
     return fast
 
 
-def _kept(model: nn.Module, parameters: bool) -> dict[int, object]:
+def kept(model: nn.Module, parameters: bool) -> dict[int, object]:
     """The memo for ``copy.deepcopy``: what the copy has in common with the model."""
     kept: list[object] = []
     for module in model.modules():
@@ -106,6 +110,17 @@ def _swap(module: nn.Module, training: bool) -> None:
         module.__class__ = fast_nn.MultiheadAttention
     elif (own_code(module) and calls_routed(type(module))) or (training and _is_strided(module)):
         module.__class__ = subclass(FastForward, type(module))
+
+
+def for_transformers():
+    """``gpt4fast.integrations.transformers``, where transformers is in use and new enough, or None."""
+    if "transformers.modeling_utils" not in sys.modules:
+        return None
+    try:
+        from . import transformers
+    except ImportError:
+        return None
+    return transformers
 
 
 def _is_strided(module: nn.Module) -> bool:
@@ -207,7 +222,7 @@ def _explain_module(module: nn.Module) -> tuple[str, str] | None:
         return "torch", swap_refusal(module) or _WOULD_TAKE
     if own_code(module) and calls_routed(type(module)):
         return "torch", swap_refusal(module) or _WOULD_TAKE
-    return None
+    return None if for_transformers() is None else for_transformers().explain(module)
 
 
 def _op_name(conv: nn.Module) -> str:

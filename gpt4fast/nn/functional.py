@@ -43,7 +43,7 @@ def scaled_dot_product_attention(
     query (..., Hq, L, D), key (..., H, S, D), value (..., H, S, Dv), attn_mask broadcastable to (..., Hq, L, S), of 2
     dimensions or more; gives (..., Hq, L, Dv) in torch's memory layout. See the module for what runs on torch.
     """
-    if _ordinary() and _torch_takes(query, key, value, attn_mask, is_causal, enable_gqa):
+    if is_ordinary() and _torch_takes(query, key, value, attn_mask, is_causal, enable_gqa):
         dims = max(query.dim(), key.dim(), value.dim())
         try:
             q, k, v = _with_dims(query, dims), _with_dims(key, dims), _with_dims(value, dims)
@@ -74,7 +74,7 @@ def conv_transpose3d(input, weight, bias=None, stride=1, padding=0, output_paddi
 
 def _conv_transpose(spatial_dims: int, *args) -> Tensor:
     ours, torchs = _CONV_TRANSPOSE[spatial_dims]
-    if _ordinary() and all(t is None or _plain(t) for t in args[:3]):
+    if is_ordinary() and all(t is None or is_plain(t) for t in args[:3]):
         try:
             return ours(*args)
         except (TypeError, ValueError):
@@ -108,8 +108,8 @@ def _convolution(dims: int, input, weight, bias, stride, padding, dilation, grou
     if (
         torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
-        and _ordinary()
-        and all(t is None or _plain(t) for t in (input, weight, bias))
+        and is_ordinary()
+        and all(t is None or is_plain(t) for t in (input, weight, bias))
         and input.dim() == weight.dim() == dims + 2
         and type(groups) is int
     ):
@@ -127,23 +127,23 @@ def _convolution(dims: int, input, weight, bias, stride, padding, dilation, grou
     return compiled_convolution.FUNCTIONS[dims](input, weight, bias, stride, padding, dilation, groups)
 
 
-def _ordinary() -> bool:
+def is_ordinary() -> bool:
     """Outside of the transforms and tracers that our custom ops have no rules for."""
     if torch.compiler.is_compiling():
         return not torch.compiler.is_exporting()
     return _functorch_level() is None and forward_ad._current_level < 0 and _tracing_state() is None
 
 
-def _plain(t: object) -> bool:
+def is_plain(t: object) -> bool:
     return type(t) in _PLAIN and (t.is_cpu or t.is_cuda) and not t.is_nested
 
 
 def _torch_takes(query, key, value, attn_mask, is_causal, enable_gqa) -> bool:
     """False where torch raises but ``gpt4fast.attention`` would not, or gives the arguments another meaning."""
-    if not (_plain(query) and _plain(key) and _plain(value)):
+    if not (is_plain(query) and is_plain(key) and is_plain(value)):
         return False
     if attn_mask is not None and not (
-        _plain(attn_mask)
+        is_plain(attn_mask)
         and attn_mask.dim() >= 2
         and attn_mask.dtype in (torch.bool, torch.float32, query.dtype)
         and not is_causal
