@@ -10,8 +10,8 @@ Either of these makes a model run on it::
 ``gpt4fast.restore(fast)`` and ``model.set_attn_implementation("sdpa")`` switch back. Outputs, gradients and generated
 tokens are those of transformers' own attention, with any cache, padded and packed batches (``position_ids`` that begin
 anew, or ``cu_seq_lens_q`` and ``cu_seq_lens_k``), sliding windows, softcap, attention sinks, position bias and dropout,
-in ``generate`` and under ``torch.compile``. What gpt4fast does not serve goes to transformers' ``sdpa``, as does what
-is on a GPU, where "auto" takes torch's kernels (not yet run on a GPU).
+in ``generate`` and under ``torch.compile``. What gpt4fast does not serve goes to transformers' ``sdpa``, as does
+what is on a GPU, where this module has not yet run.
 """
 
 from __future__ import annotations
@@ -130,8 +130,8 @@ def _refuse_unknown(module: nn.Module, kwargs: dict) -> None:
 
 
 def _is_for_torch(*tensors: Tensor) -> bool:
-    """What our ops have no rules for (export, torch.func, tensor subclasses), and devices where "auto" is torch: there
-    one mask for all layers is better than bounds, which torch's kernels can't take."""
+    """What our ops have no rules for (export, torch.func, tensor subclasses), and GPUs unless an implementation is asked
+    for: there one mask for all layers goes to torch's kernels."""
     if not is_ordinary() or not all(map(is_plain, tensors)):
         return True
     return not tensors[0].is_cpu and dispatch.requested(None) == "auto"
