@@ -106,9 +106,9 @@ struct FewPlan : Scratch {
     // power of 2 apart would share few lines of L1.
     pitch = ((divide_up(size[0] * size[1] * size[2], kLanes) + 1) | 1) * kLanes;
     sums_step = round_up((rows - 1) * size[2] + columns, kLanes) + kLanes;
-    int64_t together = 1;
+    int64_t together = 1;  // taps that reach one output
     for (int axis = 0; axis < 3; ++axis) {
-      together *= divide_up(p.kernel[axis], p.stride[axis]);
+      together *= divide_up(p.kernel[axis], p.stride[axis] / std::gcd(p.stride[axis], p.dilation[axis]));
     }
     steps = most<int64_t>(kProducts / together, 8);
     take(planes, (depth / kDepth<T> * pitch + kTileVectors * kLanes) * kDepth<T>);
