@@ -10,6 +10,7 @@ from oracles import CPU_IMPLEMENTATIONS, available, naive_conv_transpose
 from torch.nn import functional as F
 
 import gpt4fast
+from gpt4fast.backends.compiled.conv_transpose import convolutions_take_tf32
 from gpt4fast.backends.reference.conv_transpose import ACTIVATIONS
 
 IMPLEMENTATIONS = [
@@ -465,3 +466,9 @@ def test_errors_where_winograd_may_be_taken(dims, stride, needs_native):
                 for f, options in ((OPS[dims], {"impl": "native"}), (TORCH[dims], {}))
             ]
         assert errors[0] <= 2 * errors[1], channels
+
+
+def test_the_setting_of_tf32_is_a_constant_of_a_graph():
+    compiled = torch.compile(lambda x: x + 1 if convolutions_take_tf32() else x - 1, fullgraph=True, backend="eager")
+    x = torch.ones(2)
+    assert torch.equal(compiled(x), x + 1 if convolutions_take_tf32() else x - 1)

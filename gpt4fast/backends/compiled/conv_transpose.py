@@ -69,10 +69,14 @@ def _bind(input: Tensor, weight: Tensor, settings: Sequence, activation: str | N
     return run
 
 
-@torch.compiler.assume_constant_result  # Dynamo of torch 2.11 can't trace torch's own setting
 def convolutions_take_tf32() -> bool:
     """Whether torch's convolutions round float32 on a GPU to TF32."""
     return torch.backends.cudnn.conv.fp32_precision == "tf32"
+
+
+# Dynamo of torch 2.11 can't trace torch's own setting. This is torch.compiler.assume_constant_result, which would
+# import Dynamo, and Triton with it.
+convolutions_take_tf32._dynamo_marked_constant = True
 
 
 def winograd_wins(input: Tensor, weight: Tensor, stride, groups: int, dilation, kept: bool) -> bool:
