@@ -10,7 +10,7 @@ import torch
 from .benchmarks import candidates, report, shapes
 from .benchmarks import peers as other_libraries
 from .benchmarks.ceilings import measure_ceilings
-from .benchmarks.harness import CpuTimer, CudaTimer, Monitor, measure, pinned_threads
+from .benchmarks.harness import CpuTimer, Monitor, measure, pinned_threads
 
 OPS = tuple(shapes.CELLS)
 
@@ -24,7 +24,6 @@ def main(
     threads: int | None = None,
     *,
     impls: Sequence[str] = (),
-    device: str = "cpu",
 ) -> list[dict]:
     """Measure one op; print a table, write ``<op>.json`` and ``<op>.png`` into ``output``.
 
@@ -35,7 +34,6 @@ def main(
         compile: also torch.compile of torch's ops; it needs a C++ compiler and compiles for minutes.
         threads: torch's threads; 2 by default.
         impls: implementations of gpt4fast to measure beside its own choice, for instance ("native", "reference").
-        device: "cpu" or "cuda".
 
     Returns:
         The rows of the JSON file, see ``benchmarks.report.make_rows``.
@@ -48,19 +46,19 @@ def main(
 
     cells = shapes.select(op, quick)
     console = Console()
-    timer = CpuTimer() if device == "cpu" else CudaTimer()
+    timer = CpuTimer()
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     rows: list[dict] = []
     with pinned_threads(threads) as used, Progress(*columns, console=console, transient=True) as progress:
-        origin = report.provenance(device, used)
+        origin = report.provenance("cpu", used)
         task = progress.add_task("measuring the machine's ceilings", total=len(cells))
-        ceilings = measure_ceilings(sorted({dtype for _, dtype in cells}, key=str), device, timer)
+        ceilings = measure_ceilings(sorted({dtype for _, dtype in cells}, key=str), "cpu", timer)
         for cell, dtype in cells:
             progress.update(task, description=f"{cell.name}, {str(dtype).removeprefix('torch.')}")
             with torch.set_grad_enabled(cell.backward):  # parameters are made outside inference_mode, as users' are
-                competitors, reference = candidates.build(cell, dtype, device, impls=impls, compile=compile)
+                competitors, reference = candidates.build(cell, dtype, impls=impls, compile=compile)
             with torch.inference_mode(not cell.backward):
-                if peers and device == "cpu":
+                if peers:
                     competitors += other_libraries.build(cell, dtype, used)
                 timings = measure(
                     competitors, reference, cell.tolerance(dtype), timer=timer, monitor=Monitor(),
@@ -69,7 +67,7 @@ def main(
             rows += report.make_rows(cell, dtype, timings, ceilings, origin)
             progress.advance(task)
 
-    where = f"{origin['device']}" + (f", {used} threads" if device == "cpu" else "")
+    where = f"{origin['device']}, {used} threads"
     report.print_table(rows, f"{op} on {where}", console)
     rate = ", ".join(f"{str(d).removeprefix('torch.')} {r / 1e9:.0f} GFLOP/s" for d, r in ceilings.compute.items())
     console.print(

@@ -22,6 +22,7 @@ PYTHON = sys.executable
 WARMING = 4  # processes
 # -P: what is installed, not the source tree; -v: the names of tests that failed before it was stopped
 PYTEST = [PYTHON, "-P", "-m", "pytest", "-v", "-p", "no:cacheprovider", "-p", "no:benchmark"]
+TABLE = [PYTHON, "-P", "-m", "gpt4fast.benchmarks.gpu"]
 TRITON = ["tests/backends/triton", "--ignore", "tests/backends/triton/test_machine_code.py"]
 
 
@@ -30,19 +31,13 @@ def main() -> int:
     parser.add_argument("--output", type=Path, required=True, help="folder for logs and JSON")
     parser.add_argument("--check-seconds", type=float, default=240.0, help="the tests are stopped after so many")
     parser.add_argument("--table-seconds", type=float, default=150.0, help="no cell is begun after so many")
-    parser.add_argument("--only", choices=("checks", "table"), help="leave the other out")
     options = parser.parse_args()
     output = options.output.resolve()
     output.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("GPT4FAST_CACHE_DIR", str(output / "tuning"))
-    commands = {} if options.only == "table" else checks()
-    if options.only != "checks":
-        commands |= warming(output)
-    codes = side_by_side(commands, output, options.check_seconds)
-    if options.only != "checks":
-        run = [PYTHON, "-P", "-m", "gpt4fast.benchmarks.gpu", "--output", str(output)]
-        run += ["--seconds", str(options.table_seconds), "--compile"]
-        codes["table"] = subprocess.run(run, cwd=ROOT).returncode
+    codes = side_by_side(checks() | warming(output), output, options.check_seconds)
+    run = [*TABLE, "--output", str(output), "--seconds", str(options.table_seconds)]
+    codes["table"] = subprocess.run(run, cwd=ROOT).returncode
     for name, code in codes.items():
         log = output / f"{name}.log"
         lines = log.read_text(errors="replace").strip().splitlines() if log.is_file() else []
@@ -67,8 +62,7 @@ def checks() -> dict[str, list[str]]:
 
 
 def warming(output: Path) -> dict[str, list[str]]:
-    command = [PYTHON, "-P", "-m", "gpt4fast.benchmarks.gpu", "--output", str(output), "--seconds", "60"]
-    command.append("--compile")
+    command = [*TABLE, "--output", str(output), "--seconds", "60"]
     return {f"warm{i}": [*command, "--warm", str(i), str(WARMING)] for i in range(WARMING)}
 
 

@@ -28,7 +28,6 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for gpu.json")
     parser.add_argument("--warm", type=int, nargs=2, metavar=("I", "N"), help="only compile each Nth cell from the Ith")
     parser.add_argument("--seconds", type=float, default=240.0, help="no cell is begun after so many")
-    parser.add_argument("--compile", action="store_true", help="torch.compile too")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("No GPU: torch sees no CUDA device, so nothing was measured.")
@@ -40,7 +39,7 @@ def main() -> None:
         first, step = options.warm
         for cell, dtype in cells[first::step]:
             if time.monotonic() < deadline:
-                warm(cell, dtype, options.compile)
+                warm(cell, dtype)
         return
     options.output.mkdir(parents=True, exist_ok=True)
     origin = report.provenance("cuda", 0)
@@ -53,7 +52,7 @@ def main() -> None:
         if time.monotonic() > deadline:
             print(f"Out of time: {len(cells) - i} of {len(cells)} cells were not measured.")
             break
-        timings = timings_of(cell, dtype, options.compile, timer)
+        timings = timings_of(cell, dtype, timer)
         new = report.make_rows(cell, dtype, timings, ceilings, origin)
         for row, timing in zip(new, fastest_variants(timings).values(), strict=True):
             with torch.inference_mode(not cell.backward):
@@ -66,9 +65,9 @@ def main() -> None:
 
 
 def build(
-    cell: AttentionCell | ConvTransposeCell, dtype: torch.dtype, compile: bool
+    cell: AttentionCell | ConvTransposeCell, dtype: torch.dtype
 ) -> tuple[list[Candidate], tuple[torch.Tensor, ...], Tolerance]:
-    compile = compile and cell.op == "conv_transpose"  # torch's attention is one call, compiled or not
+    compile = cell.op == "conv_transpose"  # torch's attention is one call, compiled or not
     with torch.set_grad_enabled(cell.backward):
         competitors, reference = candidates.build(cell, dtype, "cuda", impls=BACKENDS, compile=compile)
     tolerance = cell.tolerance(dtype)
@@ -77,17 +76,15 @@ def build(
     return competitors, reference, tolerance
 
 
-def warm(cell: AttentionCell | ConvTransposeCell, dtype: torch.dtype, compile: bool) -> None:
-    competitors, reference, tolerance = build(cell, dtype, compile)
+def warm(cell: AttentionCell | ConvTransposeCell, dtype: torch.dtype) -> None:
+    competitors, reference, tolerance = build(cell, dtype)
     with torch.inference_mode(not cell.backward):
         for candidate in competitors:
             check(candidate, reference, tolerance)
 
 
-def timings_of(
-    cell: AttentionCell | ConvTransposeCell, dtype: torch.dtype, compile: bool, timer: CudaTimer
-) -> list[Timing]:
-    competitors, reference, tolerance = build(cell, dtype, compile)
+def timings_of(cell: AttentionCell | ConvTransposeCell, dtype: torch.dtype, timer: CudaTimer) -> list[Timing]:
+    competitors, reference, tolerance = build(cell, dtype)
     settings = {"timer": timer, "monitor": Monitor(), "rounds": 7, "slot": 0.01, "seconds": 1.0, "retries": 0}
     with torch.inference_mode(not cell.backward):
         return measure(competitors, reference, tolerance, **settings)

@@ -31,10 +31,10 @@ BACKWARD_KEY_VALUE = {
 # Half types by the generation, where it has tiles of its own. Hopper's 64 x 64 by four warps leave room for more blocks
 # on a multiprocessor (H200, 4096 keys: the three kernels 1.06, 1.29 and 1.02 times as fast for rows of 128, and that of
 # keys and values 1.4 for rows of 64). The sums of that kernel fill the registers, and Blackwell has tensor memory.
-FORWARD_OF = {9: {64: (128, 64, 8, 3), 128: (64, 64, 4, 3), 256: (64, 32, 8, 3)}}
-BACKWARD_QUERY_OF = {9: {64: (128, 64, 8, 2), 128: (64, 64, 4, 2), 256: (64, 32, 8, 2)}}
+FORWARD_OF = {9: {128: (64, 64, 4, 3)}}
+BACKWARD_QUERY_OF = {9: {128: (64, 64, 4, 2)}}
 BACKWARD_KEY_VALUE_OF = {
-    9: {64: (64, 64, 4, 1), 128: (64, 32, 4, 1), 256: (32, 32, 8, 2)},
+    9: {64: (64, 64, 4, 1), 128: (64, 32, 4, 1)},
     10: {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (64, 32, 8, 2)},
 }
 
@@ -126,10 +126,8 @@ def _tiles(
     tables: dict, by_generation: dict, itemsize: int, tf32: bool, capability: tuple[int, int], extras: bool
 ) -> dict[int, tuple[int, int, int, int]]:
     if itemsize == 2:
-        generation = capability[0]
-        if generation == 9 and extras:  # Hopper's leave no registers for them
-            return tables["half"]
-        return by_generation.get(generation, tables["half"])
+        has_room = capability[0] != 9 or not extras  # in its registers, which Hopper's own tiles fill
+        return tables["half"] | (by_generation.get(capability[0], {}) if has_room else {})
     return tables["tf32" if tf32 else "ieee"]
 
 
