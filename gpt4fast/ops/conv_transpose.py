@@ -88,7 +88,7 @@ def _define(dims: int):
         )  # fmt: skip
         if key is not None:
             implementation = dispatch.choose(dispatch.CONV_TRANSPOSE, impl, call)
-            return _REPEATED.keep(key, _bind(implementation, call))(*tensors)
+            return _REPEATED.keep(key, _bind(implementation, call, input.dim() == dims + 2))(*tensors)
         return run(call, input, dims, impl)
 
     conv_transpose.__name__ = conv_transpose.__qualname__ = f"conv_transpose{dims}d"
@@ -105,20 +105,19 @@ _REPEATED = RepeatedCalls()
 _BINDERS = {"native": compiled_conv_transpose.bind, "triton": triton_conv_transpose.bind}
 
 
-def _bind(implementation: str, call: dict) -> Callable[..., Tensor]:
-    """A prepared call as a function of (input, weight, bias, scale, shift)."""
+def _bind(implementation: str, call: dict, is_batched: bool) -> Callable[..., Tensor]:
+    """A prepared call as a function of (input, weight, bias, scale, shift), as the caller gives them."""
     if implementation in _BINDERS:
-        return _BINDERS[implementation](call)
-    compute = dispatch.CONV_TRANSPOSE.candidates[implementation].run
-    geometry = [call[name] for name in ("stride", "padding", "output_padding", "groups", "dilation")]
-    dims, last = call["input"].dim(), (call["activation"], call["negative_slope"])
+        compute = _BINDERS[implementation](call)
+    else:
+        run = dispatch.CONV_TRANSPOSE.candidates[implementation].run
+        geometry = [call[name] for name in ("stride", "padding", "output_padding", "groups", "dilation")]
+        last = call["activation"], call["negative_slope"]
 
-    def bound(input: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None) -> Tensor:
-        if input.dim() == dims:
-            return compute(input, weight, bias, *geometry, scale, shift, *last)
-        return compute(input.unsqueeze(0), weight, bias, *geometry, scale, shift, *last).squeeze(0)
+        def compute(input, weight, bias, scale, shift):
+            return run(input, weight, bias, *geometry, scale, shift, *last)
 
-    return bound
+    return compute if is_batched else lambda input, *others: compute(input.unsqueeze(0), *others).squeeze(0)
 
 
 def run(call: dict, input: Tensor, dims: int, impl: str | None) -> Tensor:

@@ -45,14 +45,14 @@ def conv_transpose(
 
 def bind(call: dict) -> Callable[..., Tensor]:
     """``conv_transpose`` for other tensors like a call's that wants no gradient: a function of (input, weight, bias,
-    scale, shift), of which an unbatched input gives an unbatched output."""
+    scale, shift)."""
     settings = [call[name] for name in ("stride", "padding", "output_padding", "groups", "dilation")]
     return _bind(call["input"], call["weight"], settings, call["activation"], call["negative_slope"])
 
 
 def _bind(input: Tensor, weight: Tensor, settings: Sequence, activation: str | None, negative_slope: float):
     stride, *_, groups, dilation = settings
-    dims, channels_last = len(stride) + 2, memory_format(input, weight) != torch.contiguous_format
+    channels_last = memory_format(input, weight) != torch.contiguous_format
     kept = input.is_cpu and is_kept(weight)
     winograd = input.is_cpu and winograd_wins(input, weight, stride, groups, dilation, kept)
     tf32 = not input.is_cpu and convolutions_take_tf32()
@@ -60,11 +60,9 @@ def _bind(input: Tensor, weight: Tensor, settings: Sequence, activation: str | N
 
     def run(input: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None) -> Tensor:
         packed = packed_weight(weight, groups, winograd) if kept else None
-        images = input if input.dim() == dims else input.unsqueeze(0)
-        output = torch.ops.gpt4fast.conv_transpose_forward(
-            images, weight, bias, *settings, scale, shift, *last, packed, winograd, tf32
+        return torch.ops.gpt4fast.conv_transpose_forward(
+            input, weight, bias, *settings, scale, shift, *last, packed, winograd, tf32
         )
-        return output if images is input else output.squeeze(0)
 
     return run
 

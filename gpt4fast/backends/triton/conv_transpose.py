@@ -85,7 +85,7 @@ def conv_transpose_with_statistics(
 
 def bind(call: dict) -> Callable[..., Tensor]:
     """``conv_transpose`` for other tensors like a call's that wants no gradient and is not empty: a function of (input,
-    weight, bias, scale, shift), of which an unbatched input gives an unbatched output."""
+    weight, bias, scale, shift)."""
     input, weight, groups = call["input"], call["weight"], call["groups"]
     geometry = [call[name] for name in ("stride", "padding", "output_padding", "groups", "dilation")]
     stride, padding, _, _, dilation = geometry
@@ -94,16 +94,15 @@ def bind(call: dict) -> Callable[..., Tensor]:
         input, weight, output, groups, False, *_axes(input, weight, stride, padding, dilation),
         *(call[name] for name in ("bias", "scale", "shift", "activation", "negative_slope")),
     ).again  # fmt: skip
-    dims, shape, layout = input.dim(), output.shape, memory_format(input, weight)
+    shape, layout = output.shape, memory_format(input, weight)
     settings = {"dtype": input.dtype, "device": input.device, "memory_format": layout}
     in_rows = (lambda tensor: tensor) if is_depthwise(weight, groups) else lambda tensor: channels_in_rows(lift(tensor))
 
     def run(input: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None) -> Tensor:
-        images = input if input.dim() == dims else input.unsqueeze(0)
         output = torch.empty(shape, **settings)
-        with torch.cuda.device_of(images):
-            again(in_rows(images), in_rows(weight), output, bias, scale, shift, None)
-        return output if images is input else output.squeeze(0)
+        with torch.cuda.device_of(input):
+            again(in_rows(input), in_rows(weight), output, bias, scale, shift, None)
+        return output
 
     return run
 
