@@ -10,6 +10,7 @@ from oracles import CPU_IMPLEMENTATIONS, available, naive_conv_transpose
 from torch.nn import functional as F
 
 import gpt4fast
+from gpt4fast.backends.aten import conv_transpose as aten_conv_transpose
 from gpt4fast.backends.compiled.conv_transpose import convolutions_take_tf32
 from gpt4fast.backends.reference.conv_transpose import ACTIVATIONS
 
@@ -266,6 +267,74 @@ def test_nan_and_inf_stay_where_they_belong(impl):
         .eq(1)
         .all()
     )
+
+
+# name: (batch, C, Cout, sizes, kernel, stride, padding, output_padding)
+SINGLE_PIXELS = {
+    "DCGAN": (8, 100, 24, (1, 1), (4, 4), (1, 1), (0, 0), (0, 0)),
+    "padding": (3, 512, 8, (1, 1), (4, 5), (2, 3), (1, 2), (0, 1)),
+    "one row": (1, 300, 8, (1,), (9,), (4,), (2,), (2,)),
+    "3-D": (2, 2, 3, (1, 1, 1), (2, 3, 4), (1, 1, 1), (0, 1, 1), (0, 0, 0)),
+    "no images": (0, 10, 3, (1, 1), (4, 4), (1, 1), (0, 0), (0, 0)),
+}
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("case", SINGLE_PIXELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_images_of_one_pixel_are_a_matrix_product(case, dtype, has_bias, monkeypatch):
+    """In training, values and gradients; no convolution is called for them."""
+    batch, channels, outputs, sizes, kernel, *geometry = SINGLE_PIXELS[case]
+    (input, weight, bias), _ = operands((batch, channels, outputs, sizes, kernel, *geometry, 1), dtype, True)
+    bias, convolve = bias if has_bias else None, TORCH[len(sizes)]
+    inputs = [t for t in (input, weight, bias) if t is not None]
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    bias_of = lambda tensors: tensors[2] if has_bias else None  # noqa: E731
+    expected = convolve(*exact[:2], bias_of(exact), *geometry)
+    grad = torch.randn_like(expected).to(dtype)
+    theirs = convolve(*inputs[:2], bias, *geometry)
+    truth = [expected, *torch.autograd.grad(expected, exact, grad.double())]
+    torchs = [theirs, *torch.autograd.grad(theirs, inputs, grad)]
+
+    monkeypatch.setattr(aten_conv_transpose, "FUNCTIONS", {})
+    output = OPS[len(sizes)](input, weight, bias, *geometry)
+    ours = [output, *torch.autograd.grad(output, inputs, grad)]
+    assert output.stride() == theirs.stride()
+    for got, other, right in zip(ours, torchs, truth, strict=True):
+        assert got.dtype == dtype and got.shape == right.shape
+        if batch > 0:
+            rounding = torch.finfo(dtype).eps * right.abs().max()
+            assert (got.double() - right).abs().max() <= 2 * (other.double() - right).abs().max() + rounding
+
+
+def test_sums_over_the_channels_of_one_pixel():
+    (input, weight, _), geometry = operands(
+        (32, 100, 128, (1, 1), (4, 4), (1, 1), (0, 0), (0, 0), 1, (1, 1)), torch.float32
+    )
+    exact = F.conv_transpose2d(input.double(), weight.double(), None, *geometry)
+    ours, theirs = (
+        (output.double() - exact).square().mean().sqrt()
+        for output in (
+            gpt4fast.conv_transpose2d(input, weight, None, *geometry, impl="torch"),
+            F.conv_transpose2d(input, weight, None, *geometry),
+        )
+    )
+    assert ours < 1.7 * theirs  # 1.4; in one sum 2.0
+
+
+def test_images_of_one_pixel_that_are_no_matrix_product():
+    for case in (
+        (2, 6, 5, (1, 1), (4, 4), (2, 2), (1, 1), (0, 0), 2, (1, 1)),  # groups
+        (2, 6, 5, (1, 1), (2, 3), (3, 3), (0, 0), (1, 2), 1, (1, 1)),  # outputs beyond the kernel
+        (2, 6, 5, (1, 1), (3, 2), (1, 1), (1, 0), (0, 0), 1, (2, 3)),  # dilation
+        (2, 137, 5, (1, 1), (3, 3), (1, 1), (0, 0), (0, 0), 1, (1, 1)),  # a prime number of channels
+    ):
+        (input, weight, bias), geometry = operands(case, torch.float32, True)
+        expected = F.conv_transpose2d(input.double(), weight.double(), bias.double(), *geometry)
+        torch.testing.assert_close(gpt4fast.conv_transpose2d(input, weight, bias, *geometry), expected.float())
+    last = torch.randn(20, 4, 3, 3).to(memory_format=torch.channels_last).requires_grad_()
+    output = gpt4fast.conv_transpose2d(torch.randn(2, 20, 1, 1), last)
+    assert output.stride() == F.conv_transpose2d(torch.randn(2, 20, 1, 1), last).stride()
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..reference.conv_transpose import epilogue
+from ..reference.conv_transpose import epilogue, memory_format
 
 # name -> activation(x, negative_slope) that writes to x. An output that nobody else has seen need not be copied again:
 # fresh memory costs a page fault for every 4 KiB.
@@ -36,8 +36,11 @@ def conv_transpose(
     negative_slope: float,
 ) -> Tensor:
     """(N, Cout, *out)."""
-    convolve = FUNCTIONS[input.dim() - 2]
-    output = convolve(input, weight, bias, stride, padding, output_padding, groups, dilation)
+    if is_matrix_product(input, weight, padding, output_padding, groups, dilation):
+        output = _multiply_pixels(input, weight, bias, padding, output_padding)
+    else:
+        convolve = FUNCTIONS[input.dim() - 2]
+        output = convolve(input, weight, bias, stride, padding, output_padding, groups, dilation)
     # Torch's compiler fuses the plain formula itself.
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (output, scale, shift))
     if needs_grad or torch.compiler.is_compiling():
@@ -54,3 +57,47 @@ def conv_transpose(
     elif shift is not None:
         output.add_(shift.view(shape))
     return output if activation is None else IN_PLACE[activation](output, negative_slope)
+
+
+def is_matrix_product(
+    input: Tensor,
+    weight: Tensor,
+    padding: tuple[int, ...],
+    output_padding: tuple[int, ...],
+    groups: int,
+    dilation: tuple[int, ...],
+) -> bool:
+    """Whether the images are single pixels, as those that generators begin with: each meets every number of the kernel
+    once. The product takes a quarter to a half of the time of torch's convolution, with its gradients too (CPU)."""
+    return (
+        input.is_cpu
+        and input.shape[2:].numel() == 1
+        and groups == 1
+        and max(dilation) == 1
+        and all(more <= cut for more, cut in zip(output_padding, padding, strict=True))
+        and memory_format(input, weight) == torch.contiguous_format
+        and not torch.compiler.is_compiling()
+        and _parts(input) is not None
+    )
+
+
+def _parts(input: Tensor) -> int | None:
+    """In how many equal parts the channels are summed, or None if there is no good number of them. A product in float32
+    adds its terms one after another: over 100 channels it errs twice as much as torch's convolution, in two parts 1.4
+    times."""
+    channels = input.shape[1]
+    if input.dtype != torch.float32:
+        return 1
+    least = max(2, -(-channels // 128))
+    return next((parts for parts in range(least, least + 4) if channels % parts == 0), None)
+
+
+def _multiply_pixels(input: Tensor, weight: Tensor, bias: Tensor | None, padding, output_padding) -> Tensor:
+    """(N, Cout, *out), where out is what padding leaves of the kernel."""
+    for dim, (cut, more) in enumerate(zip(padding, output_padding, strict=True), start=2):
+        weight = weight.narrow(dim, cut, weight.shape[dim] - 2 * cut + more)
+    parts, (batch, channels), sizes = _parts(input), input.shape[:2], weight.shape[1:]
+    pixels = input.reshape(batch, parts, channels // parts).transpose(0, 1)
+    products = torch.bmm(pixels, weight.reshape(parts, channels // parts, sizes.numel()))
+    output = (products[0] if parts == 1 else products.sum(0)).view(batch, *sizes)
+    return output if bias is None else output + bias.view(-1, *(1,) * (len(sizes) - 1))

@@ -42,9 +42,11 @@ class BatchNormActivation(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, input, weight, bias, eps, activation, negative_slope, forward, backward):
-        channels = input.new_ones(input.shape[1], dtype=torch.float32)
-        affine = [channels if weight is None else weight, channels - 1 if bias is None else bias]
-        affine = [vector.float().contiguous() for vector in affine]
+        channels, like = input.shape[1], {"dtype": torch.float32, "device": input.device}
+        affine = [
+            torch.ones(channels, **like) if weight is None else weight.float().contiguous(),
+            torch.zeros(channels, **like) if bias is None else bias.float().contiguous(),
+        ]
         ctx.finish = activation, negative_slope
         ctx.eps, ctx.kernel = eps, backward
         out, mean, rstd, variance = forward(input, *affine, eps, activation or "none", negative_slope)

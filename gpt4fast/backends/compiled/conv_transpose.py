@@ -60,9 +60,10 @@ def _bind(input: Tensor, weight: Tensor, settings: Sequence, activation: str | N
 
     def run(input: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None) -> Tensor:
         packed = packed_weight(weight, groups, winograd) if kept else None
-        return torch.ops.gpt4fast.conv_transpose_forward(
-            input, weight, bias, *settings, scale, shift, *last, packed, winograd, tf32
-        )
+        inputs = input, weight, bias, *settings, scale, shift, *last, packed, winograd, tf32
+        if needs_grad(input, weight, bias, scale, shift) and not torch.compiler.is_compiling():
+            return _ConvTranspose.apply(*inputs)
+        return torch.ops.gpt4fast.conv_transpose_forward(*inputs)
 
     return run
 
@@ -229,6 +230,20 @@ def _backward_conv_transpose(ctx, grad):
     wins = _native_wins(input, weight, padding, groups, dilation)
     grad_input, grad_weight = gradients(ours, theirs, wins, ctx.needs_input_grad[:2])
     return grad_input, grad_weight, grad_bias, *(None,) * 5, grad_scale, grad_shift, *(None,) * 6
+
+
+class _ConvTranspose(torch.autograd.Function):
+    """The derivative of the registered op without the Python that ``torch.library`` puts around each call, which
+    torch.compile needs and which costs 60 us."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        with torch._C._AutoDispatchBelowAutograd():
+            output = torch.ops.gpt4fast.conv_transpose_forward.default(*inputs)
+        _setup_conv_transpose(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_backward_conv_transpose)
 
 
 def gradients(ours, theirs, wins: Sequence[bool], needed: Sequence[bool]) -> list[Tensor | None]:
