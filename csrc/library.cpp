@@ -27,7 +27,7 @@ STABLE_TORCH_LIBRARY(gpt4fast, m) {
   m.def(
       "conv_transpose_backward(Tensor grad_out, Tensor input, Tensor weight, int[] stride, int[] padding, "
       "int[] output_padding, int groups, int[] dilation, bool channels_last, bool needs_input_grad, "
-      "bool needs_weight_grad) -> (Tensor grad_input, Tensor grad_weight)");
+      "bool needs_weight_grad, bool winograd=False) -> (Tensor grad_input, Tensor grad_weight)");
   m.def("conv_transpose_pack(Tensor weight, int groups, bool winograd=False) -> Tensor");
   m.def(
       "affine_activation(Tensor input, Tensor? bias, Tensor? scale, Tensor? shift, str activation, "

@@ -76,12 +76,12 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_out, const Tensor& input,
                                     const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
                                     const std::vector<int64_t>& output_padding, int64_t groups,
                                     const std::vector<int64_t>& dilation, bool channels_last, bool needs_input_grad,
-                                    bool needs_weight_grad) {
+                                    bool needs_weight_grad, bool winograd) {
   ConvTransposeParams p{};
   CHECK_CPU(input);
   CHECK_CPU(weight);
   const std::vector<int64_t> shape =
-      set_input(input, weight, groups, {stride, padding, output_padding, dilation}, false, p);
+      set_input(input, weight, groups, {stride, padding, output_padding, dilation}, winograd, p);
   CHECK_CPU(grad_out);
   CHECK_DIM(grad_out, input.dim());
   CHECK_DTYPE(grad_out, input.scalar_type());

@@ -106,7 +106,7 @@ class Blocks {
   // tap reaches equally many outputs of each.
   Blocks(const ConvTransposeParams& p, int64_t most_outputs, int64_t strides = 1) : p_(&p) {
     for (int axis = 3; axis >= 0; --axis) {
-      const int64_t size = size_of(p, axis), unit = axis == 0 || p.is_adjoint ? 1 : strides * p.stride[axis - 1];
+      const int64_t size = size_of(p, axis), unit = axis == 0 ? 1 : strides * (p.is_adjoint ? 1 : p.stride[axis - 1]);
       const int64_t wanted = divide_up(size, most<int64_t>(most_outputs, 1));
       step_[axis] = least(round_up(divide_up(size, wanted), unit), size);
       parts_[axis] = divide_up(size, step_[axis]);

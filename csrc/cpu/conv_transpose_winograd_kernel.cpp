@@ -6,7 +6,11 @@
 //   y[i] = A + B,  y[i + 1] = B + C,  A = (d[i] - d[i - 1]) (-g0),  B = d[i] (g0 + g1),  C = (d[i + 1] - d[i]) g1,
 // along each dimension: 9 / 16 of the multiplications in two dimensions, 27 / 64 in three. All phases share the values
 // and the differences of the inputs, which a block keeps side by side. Everything is computed in float32: differences
-// rounded to bfloat16 would be too coarse. Compiled once per CPU level.
+// rounded to bfloat16 would be too coarse.
+// The adjoint, a convolution, sums over the phases of its inputs, and d are those of one phase,
+//   y[i] = sum over phases of d[i] g0 + d[i + 1] g1    with the taps g0 = w[phase], g1 = w[phase + stride],
+// the same three multiplications around d[i + 1]. Each phase has its own values and differences, and all have the same
+// outputs. Compiled once per CPU level.
 #include "../conv_transpose.h"
 
 #include "conv_transpose_blocks.h"
@@ -26,18 +30,34 @@ constexpr int64_t kSteps = 128;               // of a product whose right operan
 // In three dimensions sums and differences lose more bits: with 128 steps errors are 2.2 times torch's, with 64 1.6.
 constexpr int64_t kStepsInThreeDimensions = 64;
 
+// From one output of a phase to its next.
+int64_t output_step(const ConvTransposeParams& p, int axis) {
+  return p.is_adjoint ? 1 : p.stride[axis];
+}
+
+// How many phases have inputs of their own.
+int64_t input_phases(const ConvTransposeParams& p) {
+  return p.is_adjoint ? p.stride[0] * p.stride[1] * p.stride[2] : 1;
+}
+
 // The outputs of one phase along one axis of a block: tiles of two, or of one where the axis is absent.
 struct Phase {
   int64_t out;           // of the first output, from the block's first
-  int64_t first, tiles;  // coarse place of the first output
+  int64_t first, tiles;  // coarse place around which the first tile is computed
   bool is_padded;        // the last tile's second output is beyond the block
 
   Phase(const ConvTransposeParams& p, const Block& outputs, int axis, int64_t phase) {
-    const int64_t begin = outputs.first[axis + 1] + p.padding[axis], end = begin + outputs.count[axis + 1] - 1;
-    const int64_t stride = p.stride[axis];
-    first = divide_up(begin - phase, stride);
-    const int64_t count = most<int64_t>(divide_down(end - phase, stride) - first + 1, 0);
-    out = first * stride + phase - begin;
+    int64_t count = outputs.count[axis + 1];
+    if (p.is_adjoint) {
+      out = 0;
+      first = outputs.first[axis + 1] + (is_absent(p, axis) ? 0 : 1);
+    } else {
+      const int64_t begin = outputs.first[axis + 1] + p.padding[axis], end = begin + count - 1;
+      const int64_t stride = p.stride[axis];
+      first = divide_up(begin - phase, stride);
+      count = most<int64_t>(divide_down(end - phase, stride) - first + 1, 0);
+      out = first * stride + phase - begin;
+    }
     tiles = is_absent(p, axis) ? count : divide_up(count, 2);
     is_padded = !is_absent(p, axis) && count % 2 != 0;
   }
@@ -52,7 +72,10 @@ struct Kept {
   Kept() = default;
 
   Kept(const ConvTransposeParams& p, const Block& outputs, int axis)
-      : first((outputs.first[axis + 1] + p.padding[axis]) / p.stride[axis]), length(0), absent(is_absent(p, axis)) {
+      : first(p.is_adjoint ? Phase(p, outputs, axis, 0).first
+                           : (outputs.first[axis + 1] + p.padding[axis]) / p.stride[axis]),
+        length(0),
+        absent(is_absent(p, axis)) {
     for (int64_t i = 0; i < p.stride[axis]; ++i) {
       const Phase phase(p, outputs, axis, i);
       if (phase.tiles > 0) {
@@ -63,13 +86,21 @@ struct Kept {
 
   // Of at most so many outputs.
   static int64_t most_length(const ConvTransposeParams& p, int64_t outputs, int axis) {
-    return is_absent(p, axis) ? outputs : 2 * (divide_up(outputs - 1, p.stride[axis]) + 1) + 1;
+    if (is_absent(p, axis)) {
+      return outputs;
+    }
+    return p.is_adjoint ? 4 * divide_up(outputs, 2) - 1 : 2 * (divide_up(outputs - 1, p.stride[axis]) + 1) + 1;
   }
 
   // Where the first tile of a phase begins.
   int64_t begin(const Phase& phase) const { return (absent ? 1 : 2) * (phase.first - first); }
 
-  // Whether a value is brought to this index. The outermost values are where later the outermost differences are.
+  // Where the value of a place is brought to. The outermost values are where later the outermost differences are.
+  int64_t index_of(int64_t place) const {
+    return absent ? place - first : least(most<int64_t>(2 * (place - first) + 1, 0), length - 1);
+  }
+
+  // Whether a value is brought to this index.
   bool has_value(int64_t index) const { return absent || index % 2 != 0 || index == 0 || index == length - 1; }
 
   int64_t place(int64_t index) const { return absent ? first + index : first + index / 2 - (index == 0); }
@@ -78,7 +109,7 @@ struct Kept {
 struct Plan : Scratch {
   WeightLayout<float> layout;
   Blocks blocks;
-  float* inputs;     // (images, D, H, W, groups, depth): values and differences
+  float* inputs;     // (input_phases, images, D, H, W, groups, depth): values and differences
   float* sums;       // (block, width), with a stride more of outputs along each axis
   RowPlace* places;  // of a phase
   int64_t* pixels;   // where the values of a block's inputs lie
@@ -96,8 +127,9 @@ struct Plan : Scratch {
     const Block largest = blocks.largest();
     int64_t outputs = largest.count[0], pixels_kept = largest.count[0];
     for (int axis = 0; axis < 3; ++axis) {
-      pixels_kept *= least(Kept::most_length(p, largest.count[axis + 1], axis), p.in_size[axis]);
-      outputs *= largest.count[axis + 1] + (is_absent(p, axis) ? 0 : p.stride[axis]);
+      const int64_t phases = p.is_adjoint ? p.stride[axis] : 1;
+      pixels_kept *= least(phases * Kept::most_length(p, largest.count[axis + 1], axis), p.in_size[axis]);
+      outputs *= largest.count[axis + 1] + (is_absent(p, axis) ? 0 : output_step(p, axis));
     }
     take(inputs, most_kept(p) * pixel);
     take(sums, outputs * layout.width);
@@ -110,7 +142,7 @@ struct Plan : Scratch {
   // Values and differences that any of the blocks keeps.
   int64_t most_kept(const ConvTransposeParams& p) const {
     const Block largest = blocks.largest();
-    int64_t kept = largest.count[0];
+    int64_t kept = input_phases(p) * largest.count[0];
     for (int axis = 0; axis < 3; ++axis) {
       kept *= Kept::most_length(p, largest.count[axis + 1], axis);
     }
@@ -140,9 +172,14 @@ class Kernel {
       strides_[axis] = strides_[axis + 1] * kept_[axis].length;
       for (int64_t phase = 0; phase < p.stride[axis]; ++phase) {
         if (Phase(p, outputs, axis, phase).is_padded) {
-          padded_.count[axis + 1] = outputs.count[axis + 1] + p.stride[axis];
+          padded_.count[axis + 1] = outputs.count[axis + 1] + output_step(p, axis);
         }
       }
+    }
+    int64_t phase_step = outputs_.count[0] * strides_[0];
+    for (int axis = 2; axis >= 0; --axis) {
+      phase_steps_[axis] = phase_step;
+      phase_step *= p.stride[axis];
     }
     copy_values();
     for (int axis = 2; axis >= 0; --axis) {
@@ -154,37 +191,14 @@ class Kernel {
 
   // Inputs outside of the image are zero.
   void copy_values() {
-    int64_t* pixel = plan.pixels;
     Block inputs = outputs_;
     for (int axis = 0; axis < 3; ++axis) {
-      const int64_t first = kept_[axis].place(0), last = kept_[axis].place(kept_[axis].length - 1);
-      inputs.first[axis + 1] = most<int64_t>(first, 0);
-      inputs.count[axis + 1] = most<int64_t>(least(last, p.in_size[axis] - 1) - inputs.first[axis + 1] + 1, 0);
+      const Span span = input_span(axis);
+      inputs.first[axis + 1] = most<int64_t>(span.first, 0);
+      inputs.count[axis + 1] =
+          most<int64_t>(least(span.first + span.count, p.in_size[axis]) - inputs.first[axis + 1], 0);
     }
-    int64_t at[4];
-    const auto is_value = [&](int axis) { return kept_[axis].has_value(at[axis + 1]); };
-    const auto is_inside = [&](int axis) {
-      const int64_t place = kept_[axis].place(at[axis + 1]);
-      return 0 <= place && place < p.in_size[axis];
-    };
-    for (at[0] = 0; at[0] < inputs.count[0]; ++at[0]) {
-      for (at[1] = 0; at[1] < kept_[0].length; ++at[1]) {
-        for (at[2] = 0; at[2] < kept_[1].length; ++at[2]) {
-          if (!is_value(0) || !is_value(1)) {
-            continue;
-          }
-          const bool inside = is_inside(0) && is_inside(1);
-          int64_t to = at[0] * strides_[0] + at[1] * strides_[1] + at[2] * strides_[2];
-          for (at[3] = 0; at[3] < kept_[2].length; ++at[3], to += strides_[3]) {
-            if (is_value(2) && inside && is_inside(2)) {
-              *pixel++ = to;
-            } else if (is_value(2)) {
-              std::memset(plan.inputs + to, 0, static_cast<size_t>(strides_[3]) * sizeof(float));
-            }
-          }
-        }
-      }
-    }
+    list_pixels();
     const auto* input = static_cast<const scalar_t*>(p.input);
     for_each_run(inputs, p.in_size, p.input_strides, [&](int64_t offset, int64_t first, int64_t count) {
       for (int64_t group = 0; group < p.groups; ++group) {
@@ -195,9 +209,53 @@ class Kernel {
     });
   }
 
+  // Where the values of the inputs go, in the order of the inputs, and zeros for those outside of the image.
+  void list_pixels() {
+    int64_t* pixel = plan.pixels;
+    const Span depths = input_span(0), rows = input_span(1), columns = input_span(2);
+    for (int64_t image = 0; image < outputs_.count[0]; ++image) {
+      for (int64_t d = depths.first; d < depths.first + depths.count; ++d) {
+        for (int64_t h = rows.first; h < rows.first + rows.count; ++h) {
+          const bool inside = 0 <= d && d < p.in_size[0] && 0 <= h && h < p.in_size[1];
+          const int64_t line = image * strides_[0] + target_of(0, d) + target_of(1, h);
+          for (int64_t w = columns.first; w < columns.first + columns.count; ++w) {
+            const int64_t to = line + target_of(2, w);
+            if (inside && 0 <= w && w < p.in_size[2]) {
+              *pixel++ = to;
+            } else {
+              std::memset(plan.inputs + to, 0, static_cast<size_t>(strides_[3]) * sizeof(float));
+            }
+          }
+        }
+      }
+    }
+  }
+
+  // The inputs along an axis whose values a block keeps; some may be outside of the image.
+  struct Span {
+    int64_t first, count;
+  };
+
+  Span input_span(int axis) const {
+    const int64_t first = kept_[axis].place(0), count = kept_[axis].place(kept_[axis].length - 1) - first + 1;
+    const int64_t stride = p.stride[axis];
+    return p.is_adjoint ? Span{stride * first - p.padding[axis], stride * count} : Span{first, count};
+  }
+
+  // How far along an axis the value of an input is brought.
+  int64_t target_of(int axis, int64_t input) const {
+    if (!p.is_adjoint) {
+      return kept_[axis].index_of(input) * strides_[axis + 1];
+    }
+    const int64_t place = divide_down(input + p.padding[axis], p.stride[axis]);
+    const int64_t phase = input + p.padding[axis] - place * p.stride[axis];
+    return phase * phase_steps_[axis] + kept_[axis].index_of(place) * strides_[axis + 1];
+  }
+
   // The differences between neighbours along an axis, in the lines of values of the axes before.
   void subtract_along(int axis) {
-    const int64_t step = strides_[axis + 1], lines = outputs_.count[0] * strides_[0] / strides_[axis];
+    const int64_t step = strides_[axis + 1];
+    const int64_t lines = input_phases(p) * outputs_.count[0] * strides_[0] / strides_[axis];
     for (int64_t line = 0; line < lines; ++line) {
       int64_t rest = line;
       bool has_values = true;
@@ -238,7 +296,8 @@ class Kernel {
         for (int64_t w = 0; w < p.stride[2]; ++w) {
           const int64_t count = find_places(depths, rows, Phase(p, outputs_, 2, w));
           const int64_t phases[3] = {d, h, w};
-          add_phase(phases, count, input, weight);
+          const int64_t own = d * phase_steps_[0] + h * phase_steps_[1] + w * phase_steps_[2];
+          add_phase(phases, count, input + (p.is_adjoint ? own : 0), weight);
         }
       }
     }
@@ -278,7 +337,7 @@ class Kernel {
 
   // Which of a tile's outputs along an axis the first (A), second (B) or third (C) product is added to.
   void extend(Targets& targets, int axis, int64_t product) const {
-    int64_t next = p.stride[axis] * plan.layout.width;  // to the tile's second output
+    int64_t next = output_step(p, axis) * plan.layout.width;  // to the tile's second output
     for (int later = axis + 1; later < 3; ++later) {
       next *= padded_.count[later + 1];
     }
@@ -300,7 +359,7 @@ class Kernel {
     int64_t tile[3], between[3];  // from one tile to the next: what is kept, and outputs
     for (int axis = 0; axis < 3; ++axis) {
       tile[axis] = (kept_[axis].absent ? 1 : 4) * strides_[axis + 1];
-      between[axis] = (kept_[axis].absent ? 1 : 2) * p.stride[axis];
+      between[axis] = (kept_[axis].absent ? 1 : 2) * output_step(p, axis);
     }
     RowPlace* place = plan.places;
     for (int64_t image = 0; image < outputs_.count[0]; ++image) {
@@ -344,7 +403,8 @@ class Kernel {
   const float* packed_;
   Block outputs_, padded_;  // padded: what whole tiles cover
   Kept kept_[3];
-  int64_t strides_[4];  // of what is kept: image, D, H, W
+  int64_t strides_[4];      // of what is kept: image, D, H, W
+  int64_t phase_steps_[3];  // from one phase of the inputs along D, H and W to the next
 };
 
 int64_t packed_bytes(const ConvTransposeParams& p) {

@@ -29,8 +29,11 @@ inline void combine_taps(const ConvTransposeParams& p, int axis, int64_t before,
   for (int64_t i = 0; i < before; ++i) {
     for (int64_t phase = 0; phase < stride; ++phase) {
       for (int64_t j = 0; j < after; ++j) {
-        const Vector g1 = taps[(2 * i * stride + phase) * after + j];
-        const Vector g0 = taps[((2 * i + 1) * stride + phase) * after + j];
+        Vector g1 = taps[(2 * i * stride + phase) * after + j];
+        Vector g0 = taps[((2 * i + 1) * stride + phase) * after + j];
+        if (p.is_adjoint) {
+          std::swap(g0, g1);
+        }
         Vector* to = products + 3 * (i * stride + phase) * after + j;
         to[0] = g0 * -1.0f;
         to[after] = g0 + g1;
