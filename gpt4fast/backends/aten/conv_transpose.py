@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..autograd import in_transform
 from ..reference.conv_transpose import epilogue
 
 # name -> activation(x, negative_slope) that writes to x. An output that nobody else has seen need not be copied again:
@@ -38,10 +39,11 @@ def conv_transpose(
     """(N, Cout, *out)."""
     convolve = FUNCTIONS[input.dim() - 2]
     output = convolve(input, weight, bias, stride, padding, output_padding, groups, dilation)
-    # Torch's compiler fuses the plain formula itself.
+    # Torch's compiler and the runtimes that programs are exported to fuse the plain formula themselves.
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (output, scale, shift))
-    if needs_grad or torch.compiler.is_compiling():
-        return epilogue(output, scale, shift, activation, negative_slope).to(output.dtype)
+    if needs_grad or torch.compiler.is_compiling() or in_transform():
+        result = epilogue(output, scale, shift, activation, negative_slope)
+        return result if result.dtype == output.dtype else result.to(output.dtype)
     shape = (-1, *(1,) * (output.dim() - 2))
     if scale is not None and shift is not None:
         scale, shift = scale.view(shape), shift.view(shape)
