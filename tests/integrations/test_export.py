@@ -413,7 +413,7 @@ def test_onnx_ops() -> None:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("case", ["generator", "vocoder", "own norms", "layer norm over channels", "self-attention",
-                                  "window", "everything"])  # fmt: skip
+                                  "window", "everything", "conv_transpose3d"])  # fmt: skip
 def test_the_older_onnx_exporter(case) -> None:
     pytest.importorskip("torch.onnx._internal.torchscript_exporter")
     case = make(case)
