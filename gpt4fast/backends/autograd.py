@@ -1,4 +1,4 @@
-"""What implementations ask of autograd."""
+"""What implementations ask of autograd, and of what records or transforms a program."""
 
 from __future__ import annotations
 
@@ -17,5 +17,22 @@ def in_forward_mode() -> bool:
 
 
 def in_transform() -> bool:
-    """Under torch.func or forward-mode differentiation, for which a kernel of ours has no rules."""
-    return in_forward_mode() or (not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active())
+    """Where our kernels have no part: under torch.func and forward-mode differentiation, for which they have no rules,
+    and in what torch.export, torch.onnx and torch.jit.trace record, since that runs where gpt4fast is not installed."""
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting()
+    return (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+def known(condition: bool | torch.SymBool) -> bool:
+    """Whether a condition on sizes holds; in an exported program, whether it does for all sizes that it leaves open,
+    which a mere question would narrow."""
+    if not torch.compiler.is_exporting():
+        return bool(condition)
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # takes 0.3 s to import
+
+    return statically_known_true(condition)

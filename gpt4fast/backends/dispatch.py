@@ -18,6 +18,7 @@ from torch import Tensor
 from . import preferences, refusals
 from .aten import attention as aten_attention
 from .aten import conv_transpose as aten_conv_transpose
+from .autograd import in_transform
 from .compiled import attention as compiled_attention
 from .compiled import attention_decode as compiled_attention_decode
 from .compiled import batch_norm as compiled_batch_norm
@@ -106,7 +107,8 @@ def choose(op: Op, impl: str | None, call: dict) -> str:
 def _choice(op: Op, impl: str | None, call: dict) -> str:
     name = requested(impl)
     if name == "auto":
-        for name in op.preference(call):
+        # Preferences would pin the sizes that an exported program leaves open.
+        for name in ("torch", "reference") if in_transform() else op.preference(call):
             if op.candidates[name].refusal(call) is None:
                 return name
     refusal = op.refusal(name, call)

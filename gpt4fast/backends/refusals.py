@@ -26,7 +26,7 @@ def native_refusal(tensor: Tensor) -> str | None:
     if tensor.dtype == torch.float64:
         return "the native kernels take float32, bfloat16 and float16; float64 runs on the reference"
     if in_transform():
-        return "the native kernels have no rules for torch.func and forward-mode differentiation"
+        return "the native kernels have no part in torch.func, forward-mode differentiation and exported programs"
     return None
 
 
@@ -70,7 +70,7 @@ def cuda_refusal(tensor: Tensor) -> str | None:
     if tensor.dtype == torch.float64:
         return "the CUDA kernels take float32, bfloat16 and float16"
     if in_transform():
-        return "the CUDA kernels have no rules for torch.func and forward-mode differentiation"
+        return "the CUDA kernels have no part in torch.func, forward-mode differentiation and exported programs"
     return None
 
 

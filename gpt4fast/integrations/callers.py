@@ -33,7 +33,10 @@ class FastForward(Swapped):
 
 
 def calls_routed(cls: type) -> bool:
-    """Whether forward's code names a routed function, itself or through methods and functions of its module."""
+    """Whether forward's code names a routed function, itself or through methods and functions of its module, or leaves
+    attention to a processor of diffusers, which is no module and may be changed."""
+    if hasattr(cls, "set_processor"):
+        return True
     seen, todo = set(), [getattr(cls, "forward", None)]
     while todo:
         function = inspect.unwrap(todo.pop())

@@ -36,7 +36,8 @@ except ImportError as error:
 
 from .. import ops
 from ..backends import dispatch
-from ..nn.functional import is_ordinary, is_plain
+from ..backends.autograd import in_transform
+from ..nn.functional import is_plain
 
 NAME = "gpt4fast"
 
@@ -132,7 +133,7 @@ def _refuse_unknown(module: nn.Module, kwargs: dict) -> None:
 def _is_for_torch(*tensors: Tensor) -> bool:
     """What our ops have no rules for (export, torch.func, tensor subclasses), and GPUs unless an implementation is
     asked for: there one mask for all layers goes to torch's kernels."""
-    if not is_ordinary() or not all(map(is_plain, tensors)):
+    if in_transform() or not all(map(is_plain, tensors)):
         return True
     return not tensors[0].is_cpu and dispatch.requested(None) == "auto"
 

@@ -16,8 +16,8 @@ from transformers import masking_utils
 from transformers.masking_utils import remap_positions_for_packed_sequence  # new in 5.23
 from transformers.utils.import_utils import is_tracing
 
+from ..backends.autograd import in_transform
 from ..backends.reference.attention import visible_keys
-from ..nn.functional import is_ordinary
 
 
 class LazyMask(Tensor):
@@ -163,7 +163,7 @@ def lazy_mask(
     traced, and values can't be read, it is ``eager_mask``.
     """
     bounds = None
-    if is_ordinary() and not is_tracing(attention_mask) and not isinstance(kv_offset, Tensor):
+    if not in_transform() and not is_tracing(attention_mask) and not isinstance(kv_offset, Tensor):
         bounds = _pattern_bounds(
             batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, local_size, device
         )

@@ -15,15 +15,14 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from .. import ops
 from ..backends import preferences
+from ..backends.autograd import in_transform
 from ..backends.compiled import convolution as compiled_convolution
 from ..ops.checks import autocast_dtype, to_tuple, without_autocast
 
 _PLAIN = (Tensor, torch.nn.Parameter)
-_functorch_level, _tracing_state = torch._C._functorch.maybe_current_level, torch._C._get_tracing_state
 _MATH = 0  # what torch._fused_sdp_choice returns for the unfused formula
 
 
@@ -43,7 +42,7 @@ def scaled_dot_product_attention(
     query (..., Hq, L, D), key (..., H, S, D), value (..., H, S, Dv), attn_mask broadcastable to (..., Hq, L, S), of 2
     dimensions or more; gives (..., Hq, L, Dv) in torch's memory layout. See the module for what runs on torch.
     """
-    if is_ordinary() and _torch_takes(query, key, value, attn_mask, is_causal, enable_gqa):
+    if not in_transform() and _torch_takes(query, key, value, attn_mask, is_causal, enable_gqa):
         dims = max(query.dim(), key.dim(), value.dim())
         try:
             q, k, v = _with_dims(query, dims), _with_dims(key, dims), _with_dims(value, dims)
@@ -74,7 +73,7 @@ def conv_transpose3d(input, weight, bias=None, stride=1, padding=0, output_paddi
 
 def _conv_transpose(spatial_dims: int, *args) -> Tensor:
     ours, torchs = _CONV_TRANSPOSE[spatial_dims]
-    if is_ordinary() and all(t is None or is_plain(t) for t in args[:3]):
+    if not in_transform() and all(t is None or is_plain(t) for t in args[:3]):
         try:
             return ours(*args)
         except (TypeError, ValueError):
@@ -108,7 +107,7 @@ def _convolution(dims: int, input, weight, bias, stride, padding, dilation, grou
     if (
         torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
-        and is_ordinary()
+        and not in_transform()
         and all(t is None or is_plain(t) for t in (input, weight, bias))
         and input.dim() == weight.dim() == dims + 2
         and type(groups) is int
@@ -125,13 +124,6 @@ def _convolution(dims: int, input, weight, bias, stride, padding, dilation, grou
                 tensors = [t if cast is None or t is None else t.to(cast) for t in (input, weight, bias)]
                 return without_autocast(lambda: compiled_convolution.convolution(*tensors, *geometry, groups), input)
     return compiled_convolution.FUNCTIONS[dims](input, weight, bias, stride, padding, dilation, groups)
-
-
-def is_ordinary() -> bool:
-    """Outside of the transforms and tracers that our custom ops have no rules for."""
-    if torch.compiler.is_compiling():
-        return not torch.compiler.is_exporting()
-    return _functorch_level() is None and forward_ad._current_level < 0 and _tracing_state() is None
 
 
 def is_plain(t: object) -> bool:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..backends import dispatch
+from ..backends.autograd import known
 from ..backends.compiled import conv_transpose as compiled_conv_transpose
 from ..backends.reference.conv_transpose import ACTIVATIONS
 from ..backends.triton import conv_transpose as triton_conv_transpose
@@ -209,12 +210,12 @@ def _check_output(call: dict) -> None:
             )
         # The size before padding cuts a margin off on both sides.
         size = (input.shape[d + 2] - 1) * stride[d] + dilation[d] * (weight.shape[d + 2] - 1) + output_padding[d] + 1
-        if size <= 2 * padding[d]:
+        if known(size <= 2 * padding[d]):
             raise ValueError(
                 f"padding {padding} leaves an output of size {size - 2 * padding[d]} for {describe(input)}"
             )
         elements = elements * size
-    if elements >= 2**60:
+    if known(elements >= 2**60):
         raise ValueError(
             f"stride {stride} and dilation {dilation} give an output of {elements} elements, which overflows"
         )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..autograd import in_transform, known
 from ..reference import attention as reference
 
 
@@ -34,7 +35,7 @@ def attention(
     bounded = kv_lengths is not None or kv_starts is not None or window is not None
     at_start = not isinstance(query_offset, Tensor) and query_offset == 0
     # With no more keys than queries, torch's causal flag leaves no key unseen, so torch can be called as it is.
-    causal_is_torchs = not is_causal or (at_start and key.shape[2] <= query.shape[2])
+    causal_is_torchs = not is_causal or (at_start and known(key.shape[2] <= query.shape[2]))
     if attn_mask is None and alibi_slopes is None and not bounded and causal_is_torchs:
         return _attend(query, key, value, None, dropout_p, is_causal, scale), None
 
@@ -59,8 +60,8 @@ def _attend(
 ) -> Tensor:
     inputs = (query, key, value, mask)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-    # torch.compile and function transforms offer no second backward anyway, and torch's formula has every derivative.
-    if not needs_grad or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    # torch.compile, export and torch.func offer no second backward anyway, and torch's formula has every derivative.
+    if not needs_grad or torch.compiler.is_compiling() or in_transform():
         return _sdpa(*inputs, dropout_p, is_causal, scale)
     grouped = query.shape[1] != key.shape[1]
     choice = torch._fused_sdp_choice(*inputs, dropout_p, is_causal, scale=scale, enable_gqa=grouped)
@@ -74,7 +75,7 @@ _FORMULA, _FLASH = 0, 1  # of torch.nn.attention.SDPBackend
 
 
 def _sdpa(query, key, value, mask, dropout_p, is_causal, scale):
-    grouped = query.shape[1] != key.shape[1]
+    grouped = bool(query.shape[1] != key.shape[1])  # torch.jit.trace makes a tensor of it
     return F.scaled_dot_product_attention(
         query, key, value, mask, dropout_p, is_causal, scale=scale, enable_gqa=grouped
     )

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..autograd import in_transform
 from ..reference.conv_transpose import epilogue, memory_format
 
 # name -> activation(x, negative_slope) that writes to x. An output that nobody else has seen need not be copied again:
@@ -41,10 +42,11 @@ def conv_transpose(
     else:
         convolve = FUNCTIONS[input.dim() - 2]
         output = convolve(input, weight, bias, stride, padding, output_padding, groups, dilation)
-    # Torch's compiler fuses the plain formula itself.
+    # Torch's compiler and the runtimes that programs are exported to fuse the plain formula themselves.
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (output, scale, shift))
-    if needs_grad or torch.compiler.is_compiling():
-        return epilogue(output, scale, shift, activation, negative_slope).to(output.dtype)
+    if needs_grad or torch.compiler.is_compiling() or in_transform():
+        result = epilogue(output, scale, shift, activation, negative_slope)
+        return result if result.dtype == output.dtype else result.to(output.dtype)
     shape = (-1, *(1,) * (output.dim() - 2))
     if scale is not None and shift is not None:
         scale, shift = scale.view(shape), shift.view(shape)
@@ -76,7 +78,7 @@ def is_matrix_product(
         and max(dilation) == 1
         and all(more <= cut for more, cut in zip(output_padding, padding, strict=True))
         and memory_format(input, weight) == torch.contiguous_format
-        and not torch.compiler.is_compiling()
+        and not (torch.compiler.is_compiling() or in_transform())
         and _parts(input) is not None
     )
 

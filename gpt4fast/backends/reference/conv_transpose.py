@@ -60,7 +60,8 @@ def epilogue(
     if scale is not None:
         # Channels last in the product: torch 2.13's inductor, with freezing, folds output * scale.view(shape) into the
         # wrong axis of a transposed convolution's weight.
-        output = (output.movedim(1, -1) * scale).movedim(-1, 1)
+        last = output.dim() - 1  # as a positive number, for torch's older ONNX exporter
+        output = (output.movedim(1, last) * scale).movedim(last, 1)
     if shift is not None:
         output = output + shift.view(shape)
     return output if activation is None else ACTIVATIONS[activation](output, negative_slope)

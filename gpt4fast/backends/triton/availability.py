@@ -29,5 +29,5 @@ def triton_refusal(tensor: Tensor) -> str | None:
         if torch.cuda.get_device_capability(tensor.device) < (8, 0):
             return "the Triton kernels need compute capability 8.0 (Ampere)"
     if in_transform():
-        return "the Triton kernels have no rules for torch.func and forward-mode differentiation"
+        return "the Triton kernels have no part in torch.func, forward-mode differentiation and exported programs"
     return None
