@@ -12,7 +12,7 @@ from .callers import FastForward, calls_routed
 from .channel_norms import ChannelNorm, channel_norm_eps
 from .fold import CONV, computed_weights
 from .gains import measure_gains
-from .graph import GraphForward, is_free_form, trace
+from .graph import is_free_form, trace
 from .merge import (
     CONV_TRANSPOSE,
     FAST_CONV_TRANSPOSE,
@@ -28,6 +28,7 @@ from .merge import (
 from .optimize import for_transformers
 from .plain_forward import NotPlain
 from .swap import own_code, swap_refusal
+from .traced_forward import GraphForward
 
 _WOULD_TAKE = "optimize() would take it"
 Row = tuple[str, str]  # runs on, why

@@ -8,12 +8,9 @@ as it was written. Which modules and hooks stand there is looked at in every cal
 
 from __future__ import annotations
 
-import functools
-import importlib
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Set
-from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -31,8 +28,9 @@ from .merge import (
     merge,
     run_in_passes,
 )
-from .plain_forward import NotPlain, Plain, PlainForward, noted
-from .swap import Swapped, own_code, swap_refusal
+from .plain_forward import NotPlain, PlainForward
+from .swap import own_code, swap_refusal
+from .traced_forward import TracedForward, where
 
 # Activations that are called as functions or methods: what follows the tensor, to the module that does the same.
 _ACTIVATIONS: dict[object, Callable[..., nn.Module]] = {
@@ -161,60 +159,6 @@ def _follower(module: nn.Module, node: fx.Node, user: fx.Node) -> nn.Module | No
         return None
 
 
-class TracedForward:
-    """The code of a traced forward: called like it, for calls that ``serves`` takes.
-
-    ``merged`` tells of each transposed convolution, by its path, what is computed with it; ``functions`` are modules
-    for the activations that the forward calls as functions.
-    """
-
-    def __init__(
-        self,
-        source: str,
-        imports: dict[str, tuple[str, str]],
-        arguments: int,
-        read: dict[str, Plain],
-        merged: dict[str, str],
-        functions: list[nn.Module],
-    ) -> None:
-        self._made_of = source, imports, arguments, read, merged, functions
-        self.merged, self._arguments, self._read = merged, arguments, read
-        for i, function in enumerate(functions):
-            setattr(self, f"function{i}", function)
-        scope = {name: _imported(*where) for name, where in imports.items()}  # no __name__: Dynamo would import that
-        exec(compile(source, "<traced forward>", "exec"), scope)
-        self.forward = scope["forward"]
-
-    def __reduce__(self):
-        return TracedForward, self._made_of
-
-    def serves(self, module: nn.Module, args: tuple, kwargs: dict) -> bool:
-        if kwargs or len(args) != self._arguments:
-            return False
-        return all(noted(getattr(module, name, _MISSING)) == value for name, value in self._read.items())
-
-
-_MISSING = object()
-
-
-class GraphForward(Swapped):
-    """A module whose forward runs as it was traced."""
-
-    traced: TracedForward
-
-    def __init_subclass__(cls) -> None:
-        super().__init_subclass__()
-        base = cls.__bases__[-1]
-
-        @functools.wraps(base.forward)  # keeps the signature, which callers inspect
-        def forward(self, *args, **kwargs):
-            if self.traced.serves(self, args, kwargs):
-                return self.traced.forward(self, *args)
-            return base.forward(self, *args, **kwargs)
-
-        cls.forward = forward
-
-
 def merge_in_forward(module: nn.Module) -> TracedForward | None:
     """A module's forward with its transposed convolutions in one pass with what follows, or None where nothing does.
 
@@ -247,23 +191,10 @@ def merge_in_forward(module: nn.Module) -> TracedForward | None:
         node.type = None  # annotations, which would have to be imported
     code = graph.python_code("self")
     used = set(re.findall(r"\w+", code.src))
-    imports = {name: _where(value) for name, value in code.globals.items() if name in used}
+    imports = {name: where(value) for name, value in code.globals.items() if name in used}
     return TracedForward(code.src, imports, len(plain.arguments), plain.read, merged, functions)
 
 
 def run_modules(input: Tensor, *modules: nn.Module) -> Tensor:
     """Called by traced forwards."""
     return run_in_passes(enumerate(modules), input)
-
-
-def _where(value: object) -> tuple[str, str]:
-    """From where traced code has a name: the module's name, and the name in it or ""."""
-    where = (value.__name__, "") if isinstance(value, ModuleType) else (value.__module__, value.__qualname__)
-    if _imported(*where) is not value:
-        raise NotPlain(f"{value!r} has no name")
-    return where
-
-
-def _imported(module: str, name: str) -> object:
-    found = importlib.import_module(module)
-    return getattr(found, name, None) if name else found

@@ -12,7 +12,7 @@ from .. import nn as fast_nn
 from .callers import FastForward, calls_routed, hidden_callers
 from .channel_norms import ChannelNorm, channel_norm_eps
 from .fold import CONV, computed_weights, fold_computed_weights
-from .graph import GraphForward, fold_batch_norms, foldable_runs, is_free_form, merge_in_forward
+from .graph import fold_batch_norms, foldable_runs, is_free_form, merge_in_forward
 from .merge import (
     CONV_TRANSPOSE,
     FAST_CONV_TRANSPOSE,
@@ -25,6 +25,7 @@ from .merge import (
 )
 from .plain_forward import NotPlain
 from .swap import own_code, subclass, swap_refusal
+from .traced_forward import GraphForward
 
 
 def optimize(model: nn.Module, *, training: bool = False, example_inputs: object = None) -> nn.Module:

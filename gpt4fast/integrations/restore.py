@@ -8,10 +8,10 @@ from torch import nn
 
 from .. import nn as fast_nn
 from .channel_norms import ChannelNorm
-from .graph import GraphForward
 from .merge import CONV_TRANSPOSE, FAST_CONV_TRANSPOSE, Merged, activation_name
 from .optimize import for_transformers, kept
 from .swap import Swapped
+from .traced_forward import GraphForward
 
 _ATTRIBUTES = {ChannelNorm: ("found_eps", "merged"), GraphForward: ("traced",)}  # that optimize() gave a module
 _TORCHS = {fast: torchs for torchs, fast in CONV_TRANSPOSE.items()}

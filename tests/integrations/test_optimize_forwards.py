@@ -13,9 +13,9 @@ from torch import nn
 from torch.nn.functional import relu
 
 import gpt4fast
-from gpt4fast.integrations.graph import GraphForward
 from gpt4fast.integrations.merge import Merged
 from gpt4fast.integrations.plain_forward import NotPlain, PlainForward
+from gpt4fast.integrations.traced_forward import GraphForward
 
 SLOPE = 0.2
 
