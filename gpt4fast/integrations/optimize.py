@@ -26,6 +26,7 @@ from .merge import (
 from .plain_forward import NotPlain
 from .swap import own_code, subclass, swap_refusal
 from .traced_forward import GraphForward
+from .transformer_layers import Encoder, EncoderLayer
 
 
 def optimize(model: nn.Module, *, training: bool = False, example_inputs: object = None) -> nn.Module:
@@ -37,7 +38,8 @@ def optimize(model: nn.Module, *, training: bool = False, example_inputs: object
       into weights, and dropout is seen through.
     - Layer norms over channels (``LayerNorm2d`` of any library) run in one pass, with the activation behind them, at
       inference.
-    - Other transposed convolutions and ``nn.MultiheadAttention`` (where weights are not asked for) run on gpt4fast.
+    - Other transposed convolutions and ``nn.MultiheadAttention`` (where weights are not asked for) run on gpt4fast;
+      in large layers of ``nn.TransformerEncoder`` also where torch would take a fused op or nested tensors.
     - Modules whose ``forward`` calls ``scaled_dot_product_attention`` or ``conv_transpose*`` run under ``fast_ops()``.
     - transformers' models have ``attn_implementation="gpt4fast"`` (``gpt4fast.integrations.transformers``).
     - For training, convolutions with a stride have their gradients from the kernels of transposed convolution.
@@ -129,6 +131,11 @@ def _swap(module: nn.Module) -> None:
         swap_conv(module)
     elif type(module) is nn.MultiheadAttention:
         module.__class__ = fast_nn.MultiheadAttention
+    elif type(module) in _TRANSFORMER:
+        module.__class__ = subclass(_TRANSFORMER[type(module)], type(module))
+
+
+_TRANSFORMER = {nn.TransformerEncoderLayer: EncoderLayer, nn.TransformerEncoder: Encoder}
 
 
 def _merge_in_forward(module: nn.Module) -> None:
