@@ -1,4 +1,5 @@
-"""``gpt4fast bench``: an op against torch and other libraries, with values checked before anything is timed."""
+"""``gpt4fast bench``: an op, or whole generators, against torch and other libraries, with values checked before
+anything is timed."""
 
 from __future__ import annotations
 
@@ -7,12 +8,12 @@ from pathlib import Path
 
 import torch
 
-from .benchmarks import candidates, report, shapes
+from .benchmarks import candidates, generator_cells, report, shapes
 from .benchmarks import peers as other_libraries
 from .benchmarks.ceilings import measure_ceilings
 from .benchmarks.harness import CpuTimer, Monitor, measure, pinned_threads
 
-OPS = tuple(shapes.CELLS)
+OPS = (*shapes.CELLS, "generators")
 
 
 def main(
@@ -28,23 +29,28 @@ def main(
     """Measure one op; print a table, write ``<op>.json`` and ``<op>.png`` into ``output``.
 
     Args:
-        op: "attention" or "conv_transpose".
+        op: "attention" or "conv_transpose"; or "generators": six whole models through ``optimize``.
         quick: the quick subset of the shapes, under a minute; otherwise all of them, some ten minutes.
-        peers: also ONNX Runtime and OpenVINO, where installed.
+        peers: also ONNX Runtime and OpenVINO, where installed; not for generators.
         compile: also torch.compile of torch's ops; it needs a C++ compiler and compiles for minutes.
         threads: torch's threads; 2 by default.
-        impls: implementations of gpt4fast to measure beside its own choice, for instance ("native", "reference").
+        impls: implementations of gpt4fast to measure beside its own choice, for instance ("native", "reference"); not
+            for generators.
 
     Returns:
         The rows of the JSON file, see ``benchmarks.report.make_rows``.
 
     Raises:
-        ValueError: op, threads or an implementation is unknown.
+        ValueError: op, threads or an implementation is unknown, or there are none for generators.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    cells = shapes.select(op, quick)
+    if op not in OPS:
+        raise ValueError(f"op must be one of {', '.join(OPS)}, but is {op!r}")
+    if op == "generators" and (peers or impls):
+        raise ValueError(f"peers and impls must not be given for generators, but are {peers!r} and {impls!r}")
+    cells = generator_cells.select(quick) if op == "generators" else shapes.select(op, quick)
     console = Console()
     timer = CpuTimer()
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
@@ -56,7 +62,10 @@ def main(
         for cell, dtype in cells:
             progress.update(task, description=f"{cell.name}, {str(dtype).removeprefix('torch.')}")
             with torch.set_grad_enabled(cell.backward):  # parameters are made outside inference_mode, as users' are
-                competitors, reference = candidates.build(cell, dtype, impls=impls, compile=compile)
+                if op == "generators":
+                    competitors, reference = cell.candidates(dtype, compile)
+                else:
+                    competitors, reference = candidates.build(cell, dtype, impls=impls, compile=compile)
             with torch.inference_mode(not cell.backward):
                 if peers:
                     competitors += other_libraries.build(cell, dtype, used)

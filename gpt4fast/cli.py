@@ -97,13 +97,13 @@ def doctor() -> None:
 
 @app.command()
 def bench(
-    op: Annotated[Literal["attention", "conv_transpose"], typer.Argument(help="What to measure.")],
+    op: Annotated[Literal["attention", "conv_transpose", "generators"], typer.Argument(help="What to measure.")],
     quick: Annotated[bool, typer.Option("--quick/--full", help="Under a minute, or all shapes, ten minutes.")] = True,
     output: Annotated[Path, typer.Option(help="Folder for the chart and the JSON file.")] = Path("gpt4fast-bench"),
     peers: Annotated[bool, typer.Option("--peers", help="Also ONNX Runtime and OpenVINO, where installed.")] = False,
     threads: Annotated[int, typer.Option(help="CPU threads.", min=1)] = 2,
 ) -> None:
-    """Measure an op against torch: a table, a chart and a JSON file."""
+    """Measure an op, or whole generators, against torch: a table, a chart and a JSON file."""
     with _friendly("Stopped; nothing was written."):
         from gpt4fast.bench import main
 

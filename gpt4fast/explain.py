@@ -21,17 +21,18 @@ def explain(op_or_model: Callable | str | nn.Module, *args, **kwargs):
 
     Args:
         op_or_model: an op (``gpt4fast.attention``, ``gpt4fast.conv_transpose2d``, …) or its name, followed by the
-            arguments of the call; or a module, for a table of its parts.
+            arguments of the call; or a module, for a table of its parts, with ``example_inputs=`` (a tensor, or a tuple
+            of arguments) also of how much faster each runs than on torch.
 
     Returns:
         An ``Explanation`` (op, implementation, reasons: one for each implementation not taken), which prints readably;
-        for a module, the table of ``gpt4fast.integrations.optimize.explain_model``.
+        for a module, the table of ``gpt4fast.integrations.explain_model``.
 
     Raises:
         TypeError, ValueError, RuntimeError: as the op itself would for these arguments.
     """
     if isinstance(op_or_model, nn.Module):
-        from .integrations.optimize import explain_model
+        from .integrations.explain_model import explain_model
 
         return explain_model(op_or_model, *args, **kwargs)
     name = op_or_model if isinstance(op_or_model, str) else getattr(op_or_model, "__name__", repr(op_or_model))

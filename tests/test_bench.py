@@ -5,12 +5,15 @@ from __future__ import annotations
 import io
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
 
-from gpt4fast.benchmarks import candidates, harness, report, shapes
+from gpt4fast import bench
+from gpt4fast.benchmarks import candidates, generator_cells, generators, harness, report, shapes
 from gpt4fast.benchmarks.ceilings import Ceilings
+from gpt4fast.benchmarks.generator_cells import GeneratorCell
 from gpt4fast.benchmarks.harness import Candidate, Timing
 
 ONES = torch.ones(3)
@@ -339,3 +342,51 @@ def test_table_and_summary_show_losses_and_wrong_values():
     assert "0.50" in text and "reference" in text and "wrong" in text
     assert report.summary(lost) == "gpt4fast against torch on 1 cells: 0 faster, 0 as fast, 1 slower."
     assert "1 cells have WRONG VALUES" in report.summary(bad)
+
+
+# Generators
+
+TINY = [
+    GeneratorCell("DCGAN", partial(generators.DCGAN, 8, 4), (2, 8, 1, 1)),
+    GeneratorCell("pix2pix", partial(generators.Pix2pix, 4, 6), (1, 3, 64, 64)),
+    GeneratorCell("StyleGAN2", partial(generators.StyleGAN2, 8, 8, 8, 1), (2, 8)),
+    GeneratorCell("HiFi-GAN", partial(generators.HiFiGAN, 8, 32), (1, 8, 4)),
+    GeneratorCell(
+        "step", partial(generators.DCGAN, 8, 4), (4, 8, 1, 1), True, partial(generators.DCGANDiscriminator, 4)
+    ),
+    GeneratorCell("training", partial(generators.WaveGAN, 8, 2), (2, 8), True),
+]
+
+
+@pytest.mark.parametrize("cell", TINY, ids=lambda cell: cell.name)
+def test_every_generator_has_right_candidates(cell):
+    with torch.set_grad_enabled(cell.backward):
+        competitors, expected = cell.candidates(torch.float32)
+    layouts = [""] if cell.name in ("HiFi-GAN", "training") else ["channels first", "channels last"]
+    assert [(c.name, c.variant) for c in competitors] == [(n, v) for n in ("torch", "gpt4fast") for v in layouts]
+    with torch.inference_mode(not cell.backward):
+        results = [harness.check(c, expected, cell.tolerance(torch.float32)) for c in competitors]
+    assert [(r.candidate.name, r.status, r.error) for r in results if r.status != "ok"] == []
+    assert all(c.implementation for c in competitors if c.name == "gpt4fast")
+    assert cell.operations() > 0 and cell.bytes(torch.bfloat16) > 0
+
+
+def test_work_of_a_generator():
+    cell = GeneratorCell("one layer", lambda: torch.nn.ConvTranspose2d(3, 5, 2, 2), (2, 3, 4, 4))
+    assert cell.operations() == 2 * 2 * 3 * 5 * 4 * 4 * 4  # every tap lands in the output
+    assert cell.bytes(torch.float32) == 4 * (3 * 5 * 4 + 5)
+
+
+def test_the_bench_of_generators(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib"), pytest.importorskip("rich")
+    monkeypatch.setattr(generator_cells, "CELLS", TINY[:1])
+    monkeypatch.setattr(bench, "measure_ceilings", lambda dtypes, device, timer: CEILINGS)
+    rows = bench.main("generators", output=tmp_path)
+    assert [(row["cell"], row["candidate"], row["status"]) for row in rows] == [
+        ("DCGAN", "torch", "ok"), ("DCGAN", "gpt4fast", "ok"),
+    ]  # fmt: skip
+    assert rows[1]["ratio"] > 0 and (tmp_path / "generators.json").exists() and (tmp_path / "generators.png").exists()
+    with pytest.raises(ValueError, match="peers and impls must not be given for generators"):
+        bench.main("generators", peers=True)
+    with pytest.raises(ValueError, match="op must be one of attention, conv_transpose, generators, but is 'softmax'"):
+        bench.main("softmax")

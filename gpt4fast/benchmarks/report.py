@@ -15,6 +15,7 @@ import gpt4fast
 
 from .candidates import BASELINE, SUBJECT
 from .ceilings import Ceilings
+from .generator_cells import GeneratorCell
 from .harness import Timing, fastest_variants, percentiles
 from .shapes import AttentionCell, ConvTransposeCell
 
@@ -58,7 +59,7 @@ def provenance(device: str, threads: int) -> dict[str, object]:
 
 
 def make_rows(
-    cell: AttentionCell | ConvTransposeCell,
+    cell: AttentionCell | ConvTransposeCell | GeneratorCell,
     dtype: torch.dtype,
     timings: Sequence[Timing],
     ceilings: Ceilings,

@@ -81,14 +81,22 @@ class _Caller(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@torch.no_grad()
 def hidden_callers(fast: nn.Module, example_inputs: object) -> list[nn.Module]:
     """Modules with code of their own that call a routed function for the example, but not yet under fast_ops()."""
-    modes = {module: module.training for module in fast.modules()}
-    fast.eval()
     caller = _Caller(fast)
-    with torch.random.fork_rng(), caller:
-        fast(*example_inputs) if isinstance(example_inputs, (tuple, list)) else fast(example_inputs)
-    for module, training in modes.items():
-        module.training = training
+    with caller:
+        run_example(fast, example_inputs)
     return [m for m in caller.found if own_code(m) and not isinstance(m, FastForward) and swap_refusal(m) is None]
+
+
+@torch.no_grad()
+def run_example(model: nn.Module, example_inputs: object) -> None:
+    """Run a model once in eval mode; its modes and torch's generator stay what they are."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.random.fork_rng():
+            model(*example_inputs) if isinstance(example_inputs, (tuple, list)) else model(example_inputs)
+    finally:
+        for module, training in modes.items():
+            module.training = training

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from ..nn import attention, functional
+from .swap import OURS
 
 
 class fast_ops(TorchFunctionMode):
@@ -32,7 +33,7 @@ class fast_ops(TorchFunctionMode):
                 func = torch.unflatten  # the same; Dynamo can't trace the super() call of the method under a mode
             return func(*args, **kwargs) if kwargs else func(*args)
         kwargs = kwargs or {}
-        if not torch.compiler.is_compiling() and sys._getframe(1).f_globals["__name__"].startswith(_OURS):
+        if not torch.compiler.is_compiling() and sys._getframe(1).f_globals.get("__name__", "").startswith(OURS):
             return func(*args, **kwargs)  # our own code asks for torch's kernel, in a nested context for instance
         try:
             return fast(*args, **kwargs)
@@ -51,5 +52,4 @@ ROUTED = {
     F.conv_transpose3d: functional.conv_transpose3d,
     F.multi_head_attention_forward: attention.multi_head_attention_forward,
 }
-_OURS = __name__.partition(".")[0] + "."
 _UNFLATTEN = torch.Tensor.unflatten

@@ -3,17 +3,16 @@ layer norm over channels and its activation."""
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
-from collections.abc import Iterator, Set
+from collections.abc import Hashable, Iterable, Iterator, Set
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from .. import nn as fast_nn
-from ..nn.conv_transpose import inference_affine
 from .channel_norms import ChannelNorm
+from .fold import CONV, fold_batch_norm
 from .swap import Swapped, swap_refusal
 
 CONV_TRANSPOSE = {
@@ -51,45 +50,67 @@ def shared_modules(model: nn.Module) -> set[nn.Module]:
 
 @dataclass
 class Run:
-    """Neighbours in a Sequential that can be computed in one pass: their keys, and what they are."""
+    """Neighbours that can be computed in one pass: their keys and modules, and what these are."""
 
-    sequential: nn.Sequential
-    keys: list[str]
+    items: list[tuple[Hashable, nn.Module]]
     conv: nn.Module  # or a layer norm over channels
     norm: nn.Module | None = None
     activation: nn.Module | None = None
 
+    @property
+    def followers(self) -> list[nn.Module]:
+        return [module for module in (self.norm, self.activation) if module is not None]
 
-def all_runs(model: nn.Module) -> Iterator[Run]:
-    """Every run of two or three modules in the Sequentials of a model."""
+
+def all_runs(model: nn.Module) -> Iterator[tuple[nn.Sequential, Run]]:
+    """Every run of two or more modules in the Sequentials of a model."""
     shared = shared_modules(model)
     for module in model.modules():
         plain = isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
         if plain and swap_refusal(module) is None:
-            yield from (run for run in find_runs(module, shared) if len(run.keys) > 1)
+            yield from ((module, run) for run in find_runs(module._modules.items(), shared) if len(run.items) > 1)
 
 
-def find_runs(sequential: nn.Sequential, shared: Set[nn.Module] = frozenset()) -> list[Run]:
-    """The children of a Sequential in order: those that go together in one run, the others alone (as ``conv``)."""
+def find_runs(items: Iterable[tuple[Hashable, nn.Module]], shared: Set[nn.Module] = frozenset()) -> list[Run]:
+    """Modules that are called one after the other: those that go together in one run, the others alone (``conv``)."""
     runs: list[Run] = []
-    for key, module in sequential._modules.items():
+    waiting: list[tuple[Hashable, nn.Module]] = []  # dropouts, which belong to the run if an activation follows
+    for key, module in items:
         last = runs[-1] if runs else None
         if last is None or not _takes_followers(last.conv) or merge_refusal(last.conv, shared) is not None:
-            runs.append(Run(sequential, [key], module))
-            continue
-        if last.norm is last.activation is None and fits(last.conv, module) and not merge_refusal(module, shared):
+            runs.append(Run([(key, module)], module))
+        elif not last.followers and not waiting and fits(last.conv, module) and not merge_refusal(module, shared):
             last.norm = module
-            last.keys.append(key)
-        elif last.activation is None and activation_name(module) and not merge_refusal(module):
+            last.items.append((key, module))
+        elif _may_activate(last, module, bool(waiting)) and not merge_refusal(module):
             last.activation = module
-            last.keys.append(key)
+            last.items += [*waiting, (key, module)]
+            waiting = []
+        elif isinstance(module, DROPOUTS) and last.activation is None and is_passed(module):
+            waiting.append((key, module))
         else:
-            runs.append(Run(sequential, [key], module))
-    return runs
+            runs += [Run([item], item[1]) for item in (*waiting, (key, module))]
+            waiting = []
+    return runs + [Run([item], item[1]) for item in waiting]
 
 
 def _takes_followers(module: nn.Module) -> bool:
-    return is_conv(module) or (isinstance(module, ChannelNorm) and module.merged[0] is None)
+    return is_conv(module) or type(module) in CONV or (isinstance(module, ChannelNorm) and module.merged[0] is None)
+
+
+def _may_activate(run: Run, module: nn.Module, after_dropout: bool) -> bool:
+    if run.activation is not None or type(run.conv) in CONV or activation_name(module) is None:
+        return False
+    # These scale with their input, so before or after dropout is the same, in training mode too.
+    return not after_dropout or type(module) in (nn.ReLU, nn.LeakyReLU)
+
+
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+
+
+def is_passed(dropout: nn.Module) -> bool:
+    """Whether it does nothing, as in eval mode, and nothing is tied to it."""
+    return type(dropout) in DROPOUTS and not dropout.training and merge_refusal(dropout) is None
 
 
 def is_conv(module: nn.Module) -> bool:
@@ -101,7 +122,7 @@ def is_conv(module: nn.Module) -> bool:
 def fits(conv: nn.Module, norm: nn.Module) -> bool:
     """Whether ``norm`` is a batch norm with running statistics for the output of ``conv``."""
     return (
-        is_conv(conv)
+        (is_conv(conv) or type(conv) in CONV)
         and type(norm) is (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[len(conv.kernel_size) - 1]
         and norm.running_mean is not None
         and norm.num_features == conv.out_channels
@@ -126,11 +147,12 @@ def _slope(activation: nn.Module | None) -> float:
 
 
 class Merged(nn.Identity):
-    """Stands where ``replaced`` was, which is now computed by the module before it."""
+    """Stands where ``replaced`` was, which is now computed by the module before it, one of ours or of torch's."""
 
-    def __init__(self, replaced: nn.Module) -> None:
+    def __init__(self, replaced: nn.Module, runs_on: str = "gpt4fast") -> None:
         super().__init__()
         self.replaced = (replaced,)  # in a tuple: its parameters are no longer the model's
+        self.runs_on = runs_on
 
     def extra_repr(self) -> str:
         return f"{type(self.replaced[0]).__name__}, computed by the module before it"
@@ -143,41 +165,35 @@ def swap_conv(conv: nn.Module) -> None:
         conv.norm, conv.activation, conv.negative_slope = None, None, 0.01
 
 
-def merge(run: Run) -> None:
-    """Fold a run's norm into the weights of its convolution and give that the activation."""
+def merge(parent: nn.Module, run: Run) -> None:
+    """Fold a run's norm into the weights of its convolution and give that the activation; the run's keys are those of
+    parent's children."""
     swap_conv(run.conv)
     if run.norm is not None:
-        _fold(run.conv, run.norm)
+        fold_batch_norm(run.conv, run.norm)
     if isinstance(run.conv, ChannelNorm):
         run.conv.merged = activation_name(run.activation), _slope(run.activation)
     elif run.activation is not None:
         run.conv.activation, run.conv.negative_slope = activation_name(run.activation), _slope(run.activation)
-    followers = [module for module in (run.norm, run.activation) if module is not None]
-    for key, module in zip(run.keys[1:], followers, strict=True):
-        run.sequential._modules[key] = Merged(module)
+    for key, module in run.items[1:]:
+        if module is run.norm or module is run.activation:
+            parent._modules[key] = Merged(module, "torch" if type(run.conv) in CONV else "gpt4fast")
 
 
-@torch.no_grad()
-def _fold(conv: nn.Module, norm: nn.Module) -> None:
-    """Scale the convolution's weight and bias as the norm would scale its output; in float64, rounded once."""
-    scale, shift = inference_affine(copy.deepcopy(norm).double())
-    weight, dtype = conv.weight.double(), conv.weight.dtype
-    # (C, Cout / groups, *kernel): input channels of group g meet output channels of group g only.
-    grouped = weight.unflatten(0, (conv.groups, -1)) * scale.view(conv.groups, 1, -1, *(1,) * len(conv.kernel_size))
-    bias = shift if conv.bias is None else conv.bias.double() * scale + shift
-    conv.weight = nn.Parameter(grouped.flatten(0, 1).to(dtype), requires_grad=False)
-    conv.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
+def run_in_passes(items: Iterable[tuple[Hashable, nn.Module]], input: Tensor) -> Tensor:
+    """Call modules one after the other, a transposed convolution and what follows in one pass."""
+    for run in find_runs(items):
+        if len(run.items) > 1 and type(run.conv) in FAST_CONV_TRANSPOSE:
+            name = None if run.activation is None else activation_name(run.activation)
+            input = run.conv.fused(input, None, run.norm, name, _slope(run.activation))
+        else:
+            for _, module in run.items:
+                input = module(input)
+    return input
 
 
 class MergedSequential(Swapped):
     """A Sequential that computes a transposed convolution and what follows in one pass; its children do not change."""
 
     def forward(self, input: Tensor) -> Tensor:
-        for run in find_runs(self):
-            if len(run.keys) > 1 and type(run.conv) in FAST_CONV_TRANSPOSE:
-                name = None if run.activation is None else activation_name(run.activation)
-                input = run.conv.fused(input, None, run.norm, name, _slope(run.activation))
-            else:
-                for key in run.keys:
-                    input = self._modules[key](input)
-        return input
+        return run_in_passes(self._modules.items(), input)

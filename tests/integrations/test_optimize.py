@@ -439,13 +439,20 @@ def test_normed_weights_stay_right(wrap, training) -> None:
     x = torch.randn(2, 4, 5, 5)
     model(x)
     model.eval()(x)
+    before = [row.why for row in gpt4fast.explain(model)]
     fast = gpt4fast.optimize(model, training=training).eval()
     torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
-    assert isinstance(fast[1], nn.BatchNorm2d)
     row = next(row for row in gpt4fast.explain(fast) if row.part == "0")
-    assert "it has hooks" in row.why or "it has parametrizations" in row.why
     if training:
+        assert isinstance(fast[1], nn.BatchNorm2d)
+        assert "it has hooks" in row.why or "it has parametrizations" in row.why
         (fast(x).sum() + model(x).sum()).backward()
+    else:
+        assert isinstance(fast[1], Merged)
+        assert row.why == "with relu in the same pass; " + row.why.partition("; ")[2]
+        assert row.why.lower().endswith(f"{wrap.__name__.replace('_', '')} of its weight folded")
+        assert [row.why for row in gpt4fast.explain(model)] == before
+        model(x)  # its own weight is still computed, by its own parameters
 
 
 class Doubled(nn.ConvTranspose2d):
