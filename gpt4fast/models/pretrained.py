@@ -53,14 +53,15 @@ class Pretrained:
     def from_pretrained(cls, folder: str | os.PathLike, *, dtype: torch.dtype | None = None) -> Any:
         """The model in folder, on the CPU and in evaluation mode: what `save_pretrained` wrote, or another's weights.
 
-        Others' are a folder of transformers (config.json, safetensors). Logits are transformers'. What is read:
+        Others' are a folder of transformers (config.json, safetensors), and for `GPT` a GGUF file, whose quantised
+        blocks become numbers (`pip install gpt4fast[hf]`). Logits are transformers'. What is read:
 
         - `GPT`: gpt2, llama (SmolLM, TinyLlama and more), mistral, qwen2, qwen3, gemma, gemma2, gemma3_text;
         - `Encoder`: bert (MiniLM, BGE, E5), roberta, xlm-roberta, camembert;
         - `EncoderDecoder`: t5 (Flan-T5), bart, whisper.
 
         Args:
-            dtype: of the weights; as saved where it is None.
+            dtype: of the weights; as saved where it is None (a GGUF file: in its embedding's, quantised in float32).
 
         Raises:
             FileNotFoundError: a file is missing.
@@ -70,6 +71,10 @@ class Pretrained:
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise ValueError(f"dtype must be a floating-point torch.dtype or None, got {dtype!r}")
         folder = Path(folder)
+        if folder.suffix == ".gguf":
+            from .convert import load_gguf
+
+            return load_gguf(cls, folder, dtype)
         values = cls._read_json(folder)
         if "format_version" not in values and values.get("model_type") not in (None, cls.model_type):
             from .convert import load_folder

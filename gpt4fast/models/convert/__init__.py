@@ -1,4 +1,4 @@
-"""Others' weights in our models: folders of transformers.
+"""Others' weights in our models: folders of transformers, and GGUF files.
 
     model = GPT.from_pretrained("path/to/SmolLM2-135M")
 
@@ -41,6 +41,16 @@ def load_folder(cls: type, folder: Path, values: dict[str, Any], dtype: torch.dt
     fields.only(quantization_config=None)
     checkpoint = SafetensorsCheckpoint(folder)
     return convert(cls, read(fields, checkpoint), checkpoint, dtype)
+
+
+def load_gguf(cls: type, path: Path, dtype: torch.dtype | None) -> Any:
+    """The model of a GGUF file; where dtype is None, in the embedding's, float32 if that is quantised."""
+    from .gguf_models import GGUFCheckpoint
+
+    checkpoint = GGUFCheckpoint(path)
+    fields = Fields(checkpoint.fields, str(path))
+    read = _reader(cls, fields, fields.values["model_type"])
+    return convert(cls, read(fields, checkpoint), checkpoint, dtype or checkpoint.dtype)
 
 
 def _reader(cls: type, fields: Fields, found: Any) -> Any:
