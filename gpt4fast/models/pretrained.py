@@ -56,7 +56,7 @@ class Pretrained:
         Others' are a folder of transformers (config.json, safetensors), and for `GPT` a GGUF file, whose quantised
         blocks become numbers (`pip install gpt4fast[hf]`). Logits are transformers'. What is read:
 
-        - `GPT`: gpt2, llama (SmolLM, TinyLlama and more), mistral, qwen2, qwen3, gemma, gemma2, gemma3_text;
+        - `GPT`: gpt2, llama (SmolLM, TinyLlama and more), mistral, qwen2, qwen3, gemma, gemma2, gemma3;
         - `Encoder`: bert (MiniLM, BGE, E5), roberta, xlm-roberta, camembert;
         - `EncoderDecoder`: t5 (Flan-T5), bart, whisper.
 

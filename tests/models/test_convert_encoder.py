@@ -195,7 +195,10 @@ def test_wrong_inputs(pair):
         ({"hidden_act": "silu"}, "hidden_act is 'silu'"),
         ({"hidden_act": "relu"}, "hidden_act is 'relu', which is not supported; it must be 'gelu' where there is a"),
         ({"model_type": "llama"}, "describes a 'llama', which GPT.from_pretrained reads"),
-        ({"type_vocab_size": 1}, r"token_type_embeddings.weight \(3, 32\) should make stack.token_types.weight \(1"),
+        (
+            {"type_vocab_size": 1},
+            r"\(3, 32\) torch.float32 should make stack.token_types.weight \(1, 32\)",
+        ),
     ],
 )
 def test_what_we_do_not_honour_is_named(tmp_path, changes, message):

@@ -6,6 +6,7 @@ Names are the package's own, and so are the numbers of quantised blocks.
 from __future__ import annotations
 
 import struct
+import sys
 import time
 
 import pytest
@@ -193,6 +194,19 @@ def test_quantised_blocks_of_256(tmp_path, kind):
     assert torch.equal(actual, torch.from_numpy(gguf.dequantize(data, kind)))
 
 
+def test_only_quantised_files_need_the_package(tmp_path, monkeypatch):
+    theirs = random_model("llama")
+    plain = write(tmp_path / "plain.gguf", theirs, "llama")
+    quantised = write(
+        tmp_path / "quantised.gguf", theirs, "llama",
+        lambda name, tensor: gguf.GGMLQuantizationType.Q8_0 if "ffn_up" in name else None,
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    GPT.from_pretrained(plain)
+    with pytest.raises(ImportError, match=r"tensor blk.0.ffn_up.weight is quantised .* pip install gpt4fast\[hf\]"):
+        GPT.from_pretrained(quantised)
+
+
 def test_a_block_by_hand():
     """One Q8_0 block: a float16 scale and 32 int8 numbers."""
     numbers = np.arange(-16, 16, dtype=np.int8)
@@ -288,6 +302,10 @@ def test_a_file_cut_anywhere_and_bytes_changed(tmp_path):
         ("llama", {"attention__head_count": 0}, "num_attention_heads must be a positive int, got 0"),
         ("llama", {"attention__head_count_kv": 4}, r"k_proj.weight \(32, 32\) .* should make .* \(192, 32\)"),
         ("llama", {"block_count": 7}, "missing layers.6"),
+        ("llama", {"block_count": 2**31}, "block_count is 2147483648, more than there are tensors"),
+        ("gpt2", {"block_count": 2**31}, "block_count is 2147483648, more than there are tensors"),
+        ("llama", {"embedding_length": 2**31, "feed_forward_length": 2**31}, "makes no model|should make"),
+        ("llama", {"attention__head_count": 2**31}, "makes no model|should make"),
         ("llama", {"embedding_length": None}, "metadata for hidden_size must be a positive int, got None"),
         ("gpt2", {"feed_forward_length": 100}, r"should make .*mlp.up.weight \(100, 32\)"),
     ],

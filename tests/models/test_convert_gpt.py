@@ -19,6 +19,8 @@ transformers = pytest.importorskip("transformers", minversion="5.23")
 from transformers import (  # noqa: E402
     AutoModelForCausalLM,
     Gemma2Config,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
     GemmaConfig,
     GPT2Config,
@@ -26,6 +28,7 @@ from transformers import (  # noqa: E402
     MistralConfig,
     Qwen2Config,
     Qwen3Config,
+    SiglipVisionConfig,
 )
 
 from gpt4fast.generation import generate  # noqa: E402
@@ -137,6 +140,17 @@ def test_greedy_tokens(pair):
 
 
 @torch.no_grad()
+def test_half_precision_errs_no_more_than_twice_as_much_as_transformers(pair, tmp_path):
+    theirs, _ = pair
+    theirs.bfloat16().save_pretrained(tmp_path / "half")
+    ids = torch.randint(1, 99, (4, 21))
+    exact = GPT.from_pretrained(tmp_path / "half", dtype=torch.float64)(ids).logits
+    actual = GPT.from_pretrained(tmp_path / "half")(ids).logits
+    assert actual.dtype == torch.bfloat16
+    assert (actual - exact).pow(2).mean() <= 4 * (theirs(ids).logits - exact).pow(2).mean()
+
+
+@torch.no_grad()
 def test_our_own_format_afterwards(pair, tmp_path):
     _, ours = pair
     ours.save_pretrained(tmp_path / "ours")
@@ -206,6 +220,30 @@ def test_gemma3_as_transformers_4_wrote_it(tmp_path):
     )  # fmt: skip
     ids = torch.randint(1, 99, (2, 30))
     close(GPT.from_pretrained(tmp_path)(ids).logits, theirs(ids).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
+def test_the_language_model_of_gemma3_with_pictures(tmp_path, prefix):
+    vision = SiglipVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8
+    )
+    config = Gemma3Config(text_config=CONFIGS["gemma3"](), vision_config=vision, mm_tokens_per_image=4)
+    theirs = randomized(Gemma3ForConditionalGeneration(config))
+    theirs.set_attn_implementation("eager")
+    theirs.save_pretrained(tmp_path)
+
+    def rename(name):
+        for old in ("language_model.model.", "model.language_model."):
+            name = name.replace(old, prefix)
+        return name
+
+    change_weights(tmp_path, lambda old: {rename(name): tensor for name, tensor in old.items()})
+    ids = torch.randint(1, 90, (2, 12))
+    close(GPT.from_pretrained(tmp_path)(ids).logits, theirs(ids).logits)
+    change_config(tmp_path, text_config="drop")
+    with pytest.raises(ValueError, match="text_config must be an object, got None"):
+        GPT.from_pretrained(tmp_path)
 
 
 @torch.no_grad()
@@ -295,12 +333,18 @@ def test_training_goes_on(tmp_path):
         ("llama", {"rope_parameters": {"rope_type": "linear"}}, "rope_type 'linear' needs 'factor', which is missing"),
         ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
         ("llama, yarn", {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 0.7}}, "mscale is 0.7"),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "factor": "two"}}, "a value that makes no frequencies"),
+        ("llama", {"rope_parameters": {"rope_theta": "large"}}, "rope_theta must be a number, 0 or more, got 'large'"),
+        ("llama", {"rms_norm_eps": "small"}, "rms_norm_eps must be a number, 0 or more, got 'small'"),
         ("llama", {"hidden_size": "drop"}, "config.json: the field hidden_size is missing"),
         ("llama", {"hidden_size": 32.0}, "hidden_size must be a positive int, got 32.0"),
         ("llama", {"num_key_value_heads": 3}, r"num_heads \(4\) must be a multiple of num_kv_heads \(3\)"),
         ("gpt2", {"activation_function": "swish"}, "activation_function is 'swish'"),
         ("gpt2", {"add_cross_attention": True}, "add_cross_attention is True"),
         ("gemma2", {"layer_types": ["chunked_attention"] * 3}, "layer_types is 'chunked_attention'"),
+        ("gemma2", {"sliding_window": None}, "sliding_window is None, which is not supported; it must be an int"),
+        ("gemma2", {"sliding_window": -4}, "windows must be 3 ints, one per layer and none negative"),
+        ("gemma2", {"layer_types": ["full_attention"] * 2}, "windows must be 3 ints, one per layer"),
         ("gemma2", {"hidden_activation": "relu"}, "hidden_activation is 'relu'"),
         ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
         (
@@ -313,7 +357,7 @@ def test_training_goes_on(tmp_path):
         (
             "llama",
             {"intermediate_size": 50},
-            r"mlp.gate_proj.weight \(48, 32\) and layers.0.mlp.up_proj.weight \(48, 32\) should make "
+            r"mlp.gate_proj.weight \(48, 32\) torch.float32 and layers.0.mlp.up_proj.weight \(48, 32\) .* should make "
             r"stack.blocks.0.mlp.up.weight \(100, 32\)",
         ),
         ("llama", {"attention_bias": True}, "missing layers.0.self_attn.q_proj.bias"),
@@ -326,6 +370,17 @@ def test_what_we_do_not_honour_is_named(tmp_path, family, changes, message):
     small(tmp_path, CONFIGS[family]())
     change_config(tmp_path, **changes)
     with pytest.raises(ValueError, match=message):
+        GPT.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "wrong", [torch.zeros(32, 31), torch.zeros(32), torch.zeros(32, 32, dtype=torch.int8)], ids=str
+)
+def test_tensors_that_do_not_fit(tmp_path, wrong):
+    small(tmp_path)
+    change_weights(tmp_path, lambda old: old | {"model.layers.1.self_attn.k_proj.weight": wrong})
+    shape = str(tuple(wrong.shape)).replace("(", r"\(").replace(")", r"\)")
+    with pytest.raises(ValueError, match=f"k_proj.weight {shape} {wrong.dtype} and .*blocks.1.attention.qkv.weight"):
         GPT.from_pretrained(tmp_path)
 
 

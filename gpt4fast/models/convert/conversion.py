@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..pretrained import distinct_tensors, raise_problems
+from .fields import Fields
 
 
 class Checkpoint(Protocol):
@@ -45,8 +46,11 @@ class Conversion:
 def convert(cls: type, conversion: Conversion, checkpoint: Checkpoint, dtype: torch.dtype | None) -> Any:
     """The model, tensor by tensor: beside it, no more than one of theirs is in memory."""
     names = {_modern(name).removeprefix(conversion.prefix): name for name in checkpoint.names()}
-    with torch.device("meta"):
-        model = cls(conversion.config)
+    try:
+        with torch.device("meta"):
+            model = cls(conversion.config)
+    except RuntimeError as error:  # sizes whose product is no number of elements
+        raise ValueError(f"{checkpoint.where}: its configuration makes no model: {error}") from error
     used = {source for name in model.state_dict() for source in _sources(conversion, name)}
     problems = []
     for name, ours in distinct_tensors(model).items():
@@ -56,11 +60,11 @@ def convert(cls: type, conversion: Conversion, checkpoint: Checkpoint, dtype: to
             problems += [f"missing {source}" for source in absent]
             continue
         parts = [_part(conversion, checkpoint, names, source, dtype) for source in sources]
-        tensor = torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()
-        if tensor.shape != ours.shape:
-            shapes = " and ".join(f"{source} {tuple(part.shape)}" for source, part in zip(sources, parts, strict=True))
-            problems.append(f"{shapes} should make {name} {tuple(ours.shape)}")
+        if not _fit(parts, ours):
+            told = " and ".join(f"{s} {tuple(p.shape)} {p.dtype}" for s, p in zip(sources, parts, strict=True))
+            problems.append(f"{told} should make {name} {tuple(ours.shape)}")
             continue
+        tensor = torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()
         # Swapped, so that every module that shares the parameter sees it.
         torch.utils.swap_tensors(ours, nn.Parameter(tensor))
     problems += [
@@ -79,6 +83,11 @@ def head_is_embedding(checkpoint: Checkpoint, head: str, embedding: str) -> bool
     if head not in names or embedding not in names:
         return True
     return torch.equal(checkpoint.read(head), checkpoint.read(embedding))
+
+
+def head_ties(fields: Fields, checkpoint: Checkpoint, default: bool, head: str, embedding: str) -> bool:
+    """Whether the head is the embedding: the configuration says so, and the file does not hold another one."""
+    return bool(fields.get("tie_word_embeddings", default)) and head_is_embedding(checkpoint, head, embedding)
 
 
 def scaled(tensor: Tensor, factor: float) -> Tensor:
@@ -115,6 +124,15 @@ def _sources(conversion: Conversion, name: str) -> list[str]:
 def _is_unbiased(conversion: Conversion, source: str) -> bool:
     module, _, kind = source.rpartition(".")
     return kind == "bias" and module.endswith(conversion.unbiased) and bool(conversion.unbiased)
+
+
+def _fit(parts: list[Tensor], ours: Tensor) -> bool:
+    """Whether the rows of all parts together are those of our tensor."""
+    return (
+        all(part.is_floating_point() and part.dim() == ours.dim() for part in parts)
+        and all(part.shape[1:] == ours.shape[1:] for part in parts)
+        and sum(len(part) for part in parts) == len(ours)
+    )
 
 
 def _part(

@@ -28,6 +28,13 @@ class Fields:
             raise ValueError(f"{self.where}: {name} must be a positive int, got {value!r}")
         return value
 
+    def number(self, name: str, default: float | None) -> float | None:
+        """A number, 0 or more, or None."""
+        value = self.get(name, default)
+        if value is not None and (not isinstance(value, (int, float)) or isinstance(value, bool) or not value >= 0):
+            raise ValueError(f"{self.where}: {name} must be a number, 0 or more, got {value!r}")
+        return value
+
     def choose(self, name: str, table: dict[str, str], default: str) -> str:
         """What the table says of the field's value."""
         value = self.get(name, default)

@@ -1,7 +1,7 @@
 """GGUF files as the folders of transformers that they were made from: metadata become fields, and names names.
 
-llama.cpp changed some weights when it made the file; they are changed back here, and the families' readers in `gpt.py`
-do not know the difference.
+llama.cpp changed some weights when it made the file; they are changed back here, and the families' readers do not
+know the difference.
 """
 
 from __future__ import annotations
@@ -99,10 +99,10 @@ class GGUFCheckpoint:
         self._file = GGUFFile(path)
         metadata = self._file.metadata
         self._architecture = metadata.get("general.architecture")
-        if self._architecture not in _ARCHITECTURES:
+        if not isinstance(self._architecture, str) or self._architecture not in _ARCHITECTURES:
             known = ", ".join(_ARCHITECTURES)
             raise ValueError(f"{path} is of the architecture {self._architecture!r}; GPT reads {known}")
-        if metadata.get("split.count", 1) > 1:
+        if metadata.get("split.count", 1) not in (0, 1):
             raise ValueError(f"{path} is one of {metadata['split.count']} parts; merge them first (gguf-split --merge)")
         _, _, names, blocks = _ARCHITECTURES[self._architecture]
         self._names = {}
@@ -152,6 +152,9 @@ class GGUFCheckpoint:
                 raise ValueError(f"{self.where}: metadata {prefix}{key} is {value!r}, which is not supported")
         if "token_embd.weight" not in self._file.tensors:
             raise ValueError(f"{self.where} has no tensor token_embd.weight")
+        layers = given.get("block_count", 0)
+        if layers > len(self._names):  # before a model of so many layers is made, to find that they are missing
+            raise ValueError(f"{self.where}: metadata {prefix}block_count is {layers}, more than there are tensors")
         fields = {field: given[key] for key, field in known.items() if key in given}
         fields |= {
             "model_type": model_type,

@@ -18,17 +18,17 @@ from .fields import Fields
 def read_rotary(fields: Fields, head_dim: int, default_base: float = 10000.0) -> tuple[dict[str, Any], float]:
     """The fields of our configuration, and the factor that the scaling puts on queries and on keys (YaRN)."""
     parameters = fields.get("rope_parameters", None) or fields.get("rope_scaling", None) or {}
-    return parse_rotary(fields, parameters, fields.get("rope_theta", default_base), head_dim)
+    return parse_rotary(fields, parameters, fields.number("rope_theta", None) or default_base, head_dim)
 
 
 def parse_rotary(
     fields: Fields, parameters: dict[str, Any], base: float, head_dim: int
 ) -> tuple[dict[str, Any], float]:
     """As `read_rotary`, of one such dictionary, whose own rope_theta comes before `base`."""
-    rotary = Fields({"original_max_position_embeddings": fields.get("max_position_embeddings", None), **parameters},
-                    f"{fields.where}, rope_parameters")  # fmt: skip
+    length = fields.get("max_position_embeddings", None)
+    rotary = Fields({"original_max_position_embeddings": length} | parameters, f"{fields.where}, rope_parameters")
     rotary.only(partial_rotary_factor=1.0)
-    base = float(rotary.get("rope_theta", None) or base)
+    base = float(rotary.number("rope_theta", None) or base)
     kind = rotary.get("rope_type", rotary.get("type", "default"))
     if kind not in _SCALINGS:
         raise rotary.refusal("rope_type", kind, " or ".join(map(repr, _SCALINGS)))
@@ -41,6 +41,8 @@ def parse_rotary(
         frequencies, factor = _SCALINGS[kind](plain, rotary, base)
     except KeyError as error:
         raise ValueError(f"{rotary.where}: rope_type {kind!r} needs {error}, which is missing") from None
+    except (TypeError, ArithmeticError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{rotary.where}: {parameters!r} has a value that makes no frequencies: {error}") from error
     return ours | {"rotary_frequencies": tuple(frequencies.tolist())}, factor
 
 

@@ -1,4 +1,4 @@
-"""EncoderDecoder from T5 (and Flan-T5), BART and Whisper."""
+"""EncoderDecoder from BART and Whisper."""
 
 from __future__ import annotations
 
@@ -7,77 +7,8 @@ from torch import Tensor
 from ..encoder import EncoderConfig
 from ..encoder_decoder import EncoderDecoderConfig
 from ..gpt import GPTConfig
-from .conversion import Checkpoint, Conversion, block, head_is_embedding, scaled
+from .conversion import Checkpoint, Conversion, block, head_is_embedding, head_ties
 from .fields import GELUS, Fields
-
-
-def _t5_block(ours: str, theirs: str, gated: bool, has_cross: bool) -> dict[str, str]:
-    last = "layer.2" if has_cross else "layer.1"
-    names = {
-        "attention_norm": "layer.0.layer_norm",
-        "attention.qkv": "layer.0.SelfAttention.q layer.0.SelfAttention.k layer.0.SelfAttention.v",
-        "attention.out": "layer.0.SelfAttention.o",
-        "mlp_norm": f"{last}.layer_norm",
-        "mlp.up": f"{last}.DenseReluDense.wi_0 {last}.DenseReluDense.wi_1" if gated else f"{last}.DenseReluDense.wi",
-        "mlp.down": f"{last}.DenseReluDense.wo",
-    }
-    if has_cross:
-        names |= {
-            "cross_norm": "layer.1.layer_norm",
-            "cross_attention.query": "layer.1.EncDecAttention.q",
-            "cross_attention.key_value": "layer.1.EncDecAttention.k layer.1.EncDecAttention.v",
-            "cross_attention.out": "layer.1.EncDecAttention.o",
-        }
-    return block(ours, theirs, names)
-
-
-def t5(fields: Fields, checkpoint: Checkpoint) -> Conversion:
-    """Raffel et al. 2020."""
-    perceptrons = {"relu": "relu", "gated-gelu": "geglu_tanh", "gated-silu": "swiglu"}
-    style = {
-        "vocab_size": fields.size("vocab_size"),
-        "num_heads": fields.size("num_heads"),
-        "embed_dim": fields.size("d_model"),
-        "head_dim": fields.size("d_kv"),
-        "mlp_dim": fields.size("d_ff"),
-        "mlp": fields.choose("feed_forward_proj", perceptrons, "relu"),
-        "norm": "rms",
-        "norm_eps": fields.get("layer_norm_epsilon", 1e-6),
-        "bias": False,
-        "positions": "relative",
-        "relative_buckets": fields.size("relative_attention_num_buckets", 32),
-        "relative_max_distance": fields.size("relative_attention_max_distance", 128),
-        "tie_embeddings": head_is_embedding(checkpoint, "lm_head.weight", "shared.weight"),
-    }
-    layers = fields.size("num_layers")
-    encoder = EncoderConfig(**style, num_layers=layers, head=False)
-    decoder = GPTConfig(**style, num_layers=fields.size("num_decoder_layers", layers))
-    # T5 1.1 does not scale what goes into the head, and says so by tie_word_embeddings, tied or not.
-    scales_output = fields.get("scale_decoder_outputs", fields.get("tie_word_embeddings", True) is not False)
-
-    def change(name: str, tensor: Tensor) -> Tensor:
-        if name.endswith("Attention.q.weight"):  # T5's scores are not divided by the root of head_dim
-            return scaled(tensor, encoder.head_dim**0.5)
-        if name == "decoder.final_layer_norm.weight" and scales_output:
-            return scaled(tensor, encoder.embed_dim**-0.5)
-        return tensor
-
-    bias = "block.0.layer.0.SelfAttention.relative_attention_bias"
-    modules = {
-        "decoder.tokens": "shared",
-        "encoder.stack.tokens": "shared",
-        "encoder.stack.relative.bias": f"encoder.{bias}",
-        "encoder.stack.norm": "encoder.final_layer_norm",
-        "decoder.relative.bias": f"decoder.{bias}",
-        "decoder.norm": "decoder.final_layer_norm",
-        "head": "lm_head",
-        **_t5_block("encoder.stack.blocks.*", "encoder.block.*", encoder.gated, has_cross=False),
-        **_t5_block("decoder.blocks.*", "decoder.block.*", encoder.gated, has_cross=True),
-    }
-    # Of old files: the shared embedding again, and a bias that nothing reads.
-    ignored = r"(en|de)coder\.embed_tokens\.weight$|EncDecAttention\.relative_attention_bias\.weight$"
-    return Conversion(EncoderDecoderConfig(encoder, decoder), modules, change, ignored=ignored)
-
 
 BART_BLOCK = {
     "attention.qkv": "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
@@ -144,7 +75,6 @@ def bart(fields: Fields, checkpoint: Checkpoint) -> Conversion:
 
 def whisper(fields: Fields, checkpoint: Checkpoint) -> Conversion:
     """Radford et al. 2022: BART, pre-norm, that reads a spectrogram of 30 seconds. Its keys have no biases."""
-    tied = fields.get("tie_word_embeddings", True)
     encoder = EncoderConfig(
         **_bart_style(fields, "encoder"),
         max_length=fields.size("max_source_positions"),
@@ -154,8 +84,7 @@ def whisper(fields: Fields, checkpoint: Checkpoint) -> Conversion:
     decoder = GPTConfig(
         **_bart_style(fields, "decoder"),
         max_length=fields.size("max_target_positions"),
-        tie_embeddings=bool(tied)
-        and head_is_embedding(checkpoint, "proj_out.weight", "model.decoder.embed_tokens.weight"),
+        tie_embeddings=head_ties(fields, checkpoint, True, "proj_out.weight", "model.decoder.embed_tokens.weight"),
     )
     config = EncoderDecoderConfig(encoder, decoder, share_embeddings=False)
     return Conversion(config, WHISPER, prefix="model.", unbiased=("k_proj",))
@@ -170,6 +99,3 @@ def _bart_style(fields: Fields, half: str) -> dict[str, int | str]:
         "mlp_dim": fields.size(f"{half}_ffn_dim"),
         "mlp": fields.choose("activation_function", GELUS, "gelu"),
     }
-
-
-FAMILIES = {"t5": t5, "bart": bart, "whisper": whisper}

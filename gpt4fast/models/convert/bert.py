@@ -6,7 +6,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..encoder import EncoderConfig
-from .conversion import Checkpoint, Conversion, block, head_is_embedding
+from .conversion import Checkpoint, Conversion, block, head_ties
 from .fields import GELUS, Fields
 
 BERT = {
@@ -50,7 +50,6 @@ def _bert_style(
     fields.only(is_decoder=False, add_cross_attention=False, position_embedding_type="absolute")
     names = checkpoint.names()
     has_head = f"{head['transform']}.weight" in names
-    tied = fields.get("tie_word_embeddings", True)
     embedding = f"{prefix}embeddings.word_embeddings.weight"
     config = EncoderConfig(
         vocab_size=fields.size("vocab_size"),
@@ -60,8 +59,8 @@ def _bert_style(
         embed_dim=fields.size("hidden_size"),
         mlp_dim=fields.size("intermediate_size"),
         mlp=fields.choose("hidden_act", GELUS, "gelu"),
-        norm_eps=fields.get("layer_norm_eps", 1e-12),
-        tie_embeddings=bool(tied) and head_is_embedding(checkpoint, f"{head['head']}.weight", embedding),
+        norm_eps=fields.number("layer_norm_eps", 1e-12),
+        tie_embeddings=head_ties(fields, checkpoint, True, f"{head['head']}.weight", embedding),
         norm_placement="post",
         embedding_norm=True,
         head=has_head,
@@ -75,6 +74,3 @@ def _bert_style(
 
     ignored = r"position_ids$|^pooler\.|^cls\.seq_relationship\.|^(cls\.predictions|lm_head)\.bias$"
     return Conversion(config, BERT | head, change, prefix, ignored)
-
-
-FAMILIES = {"bert": bert, "roberta": roberta, "xlm-roberta": roberta, "camembert": roberta}
