@@ -325,7 +325,7 @@ def test_other_classes_and_missing_files(tmp_path):
 
 
 def test_a_large_vocabulary_is_passed_over_quickly(tmp_path):
-    """150,000 tokens, as Qwen has them: a moment, where the package's own reader takes many."""
+    """150,000 tokens, as Qwen has them: a moment, where an array of each takes seconds."""
     w = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
     w.add_token_list([f"token {i}" for i in range(150_000)])
     w.add_tensor("x", np.zeros(4, dtype=np.float32))
@@ -335,4 +335,4 @@ def test_a_large_vocabulary_is_passed_over_quickly(tmp_path):
     w.close()
     begin = time.process_time()
     assert GGUFFile(tmp_path / "model.gguf").read("x").tolist() == [0.0] * 4
-    assert time.process_time() - begin < 5
+    assert time.process_time() - begin < 1
