@@ -10,7 +10,7 @@ import torch
 
 from gpt4fast.generation.sampling import Sampling
 from gpt4fast.models import GPT, Encoder, EncoderDecoder, GPTConfig
-from gpt4fast.models.layers import TransformerConfig
+from gpt4fast.models.config import TransformerConfig
 
 if TYPE_CHECKING:
     from gpt4fast.data.tokenizer import Tokenizer
@@ -39,11 +39,12 @@ def generate(
 ) -> torch.Tensor:
     """Draws up to `max_new_tokens` tokens after `input_ids`; returns the new ones (batch, n ≤ max_new_tokens), int64.
 
-    A GPT goes on from `input_ids` (batch, length). An EncoderDecoder reads them with its encoder; its decoder starts
-    from `bos_id`, or goes on from `decoder_input_ids` (batch, n). An Encoder goes on like a GPT, with the head that it
-    has for `is_causal=True`. Rows of different length are padded on the left (EncoderDecoder: on either side), with
-    `attention_mask` (batch, length) True at real tokens. A row ends with `eos_id`, which it keeps, or where `stop(new
-    ids of the row)` says so; it is then filled with `pad_id`, and all stop when the last row has ended.
+    A GPT goes on from `input_ids` (batch, length). An EncoderDecoder reads them with its encoder, or features of sound
+    (batch, mel_bins, frames) where that has `mel_bins`; its decoder starts from `bos_id`, or goes on from
+    `decoder_input_ids` (batch, n). An Encoder goes on like a GPT, with the head that it has for `is_causal=True`. Rows
+    of different length are padded on the left (EncoderDecoder: on either side), with `attention_mask` (batch, length)
+    True at real tokens. A row ends with `eos_id`, which it keeps, or where `stop(new ids of the row)` says so; it is
+    then filled with `pad_id`, and all stop when the last row has ended.
 
     temperature, top_k, top_p, min_p, repetition_penalty: see `Sampling`; applied in the order penalty, temperature,
     top_k, top_p, min_p. `seed` makes the draw repeatable, leaves torch's global generator alone; None is a fresh one.
@@ -51,7 +52,8 @@ def generate(
     remembers keys and values in fewer bits (`KeyValueCache`). The model's training mode is restored afterwards.
     """
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
-    if input_ids.dim() != 2 or input_ids.shape[1] == 0 or input_ids.dtype != torch.long:
+    reads_sound = isinstance(model, EncoderDecoder) and model.config.encoder.mel_bins > 0  # features, which it checks
+    if not reads_sound and (input_ids.dim() != 2 or input_ids.shape[1] == 0 or input_ids.dtype != torch.long):
         raise ValueError(
             "input_ids must be int64 (batch, length) with a length of at least 1, "
             f"was {input_ids.dtype} {tuple(input_ids.shape)}"
@@ -141,11 +143,15 @@ def _start_encoder_decoder(model: EncoderDecoder, input_ids, attention_mask, max
         ).logits[:, -1]
 
     logits = output.logits[:, -1]
-    # The prompt counts for the repetition penalty, as it does for a GPT.
+    # The prompt counts for the repetition penalty, as it does for a GPT; of sound, it is what the decoder began with.
+    if model.config.encoder.mel_bins:
+        return logits, step, _seen(logits.shape[-1], first, None)
     return logits, step, _seen(logits.shape[-1], input_ids, attention_mask)
 
 
 def _start_encoder(model: Encoder, input_ids, attention_mask, max_new_tokens, first, cache_dtype):
+    if not model.config.head:
+        raise ValueError("model must have a head to generate with, and this Encoder has config.head = False")
     # Read causally, an encoder is a GPT with the same weights: this one shares them, and brings the cache.
     config = GPTConfig(**{f.name: getattr(model.config, f.name) for f in fields(TransformerConfig)})
     with torch.device("meta"):

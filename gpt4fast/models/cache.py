@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..backends.reference.attention_decode import LARGEST
-from .layers import Padding, TransformerConfig, check_choice, check_positive, rotary_tables
+from ..backends.reference.attention_decode import LARGEST, append, entries
+from .config import TransformerConfig, check_choice, check_positive
+from .inputs import Padding
+from .positions import rotary_tables
 
 
 @dataclass
@@ -21,6 +23,15 @@ class LayerCache:
     starts: Tensor | None  # (B,) int64, left padding
     key_scales: Tensor | None  # (B, Hk, used) float32, of an int8 or float8 cache
     value_scales: Tensor | None
+
+    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores new entries (B, Hk, L, D) behind each row's last, and returns all of them in key's dtype."""
+        places = self.lengths[:, None] + torch.arange(key.shape[2], device=key.device)
+        for cache, scales, new in ((self.key, self.key_scales, key), (self.value, self.value_scales, value)):
+            append(cache, scales, new, places, None)
+        keys = entries(self.key, self.key_scales, None, key.dtype)
+        values = entries(self.value, self.value_scales, None, key.dtype)
+        return keys.to(key.dtype), values.to(key.dtype)
 
 
 class KeyValueCache:

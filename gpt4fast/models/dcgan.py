@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from gpt4fast.nn import ConvTranspose2d
 
-from .layers import check_choice, check_positive
+from .config import check_choice, check_positive
 from .pretrained import Pretrained
 
 STEM_WIDTHS = (256, 512, 784)

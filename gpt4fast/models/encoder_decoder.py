@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from .cache import KeyValueCache
+from .config import TransformerConfig
 from .encoder import Encoder, EncoderConfig
 from .gpt import GPTConfig
-from .layers import Padding, Stack, TransformerConfig, check_labels, check_token_ids, init_weights, token_loss
+from .inputs import Padding, check_labels, check_token_ids
+from .layers import Stack, init_weights, softcap, token_loss
 from .pretrained import Pretrained
 
 
@@ -52,7 +54,8 @@ class EncoderDecoder(Pretrained, nn.Module):
 
     forward(input_ids, decoder_input_ids, labels=None, *,
             attention_mask=None, decoder_attention_mask=None, encoder_output=None, cache=None):
-        input_ids: (B, S), what is read. None where encoder_output is given, or the cache is past its first step.
+        input_ids: (B, S), what is read, or a spectrogram where the encoder has `mel_bins`. None where encoder_output is
+            given, or the cache is past its first step.
         decoder_input_ids: (B, L), what is written so far; with a cache, the tokens since the last call.
         labels: (B, L), the token that each decoder position should predict; -100 is ignored. Nothing is shifted.
         attention_mask: (B, S) of input_ids, true at real tokens, one run per row.
@@ -70,7 +73,7 @@ class EncoderDecoder(Pretrained, nn.Module):
             raise ValueError(f"encoder has the configuration {encoder.config}, but config.encoder is {config.encoder}")
         self.config = config
         self.decoder = Stack(config.decoder, encoder_dim=config.encoder.embed_dim)
-        self.head = nn.Linear(config.decoder.embed_dim, config.decoder.vocab_size, bias=False)
+        self.head = nn.Linear(config.decoder.embed_dim, config.decoder.vocab_size, bias=config.decoder.head_bias)
         init_weights(self, num_residuals=3 * config.decoder.num_layers)
         self.encoder = Encoder(config.encoder) if encoder is None else encoder  # after init_weights: its values stay
         if config.share_embeddings:
@@ -115,7 +118,7 @@ class EncoderDecoder(Pretrained, nn.Module):
         hidden = self.decoder(
             decoder_input_ids, padding, is_causal=True, cache=cache, cross=cross, cross_padding=cross_padding
         )
-        logits = self.head(hidden)
+        logits = softcap(self.head(hidden), self.config.decoder.logit_softcap)
         if labels is None:
             return EncoderDecoderOutput(logits, None, encoder_output)
         check_labels(labels, decoder_input_ids, self.config.decoder, "decoder_input_ids")

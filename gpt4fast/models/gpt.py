@@ -16,13 +16,22 @@ import torch
 from torch import Tensor, nn
 
 from .cache import KeyValueCache
-from .layers import Padding, Stack, TransformerConfig, check_labels, check_token_ids, init_weights, token_loss
-from .pretrained import Pretrained
+from .config import TransformerConfig, check_not_negative
+from .inputs import Padding, check_labels, check_token_ids
+from .layers import Stack, init_weights, softcap, token_loss
+from .pretrained import Pretrained, later
 
 
 @dataclass
 class GPTConfig(TransformerConfig):
     """As TransformerConfig, whose defaults are GPT-2's; two presets, of which any field can be changed by keyword."""
+
+    head_bias: bool = later(False)
+    logit_softcap: float = later(0.0)  # logits become cap * tanh(logits / cap) (Gemma 2); 0 is off
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_not_negative("logit_softcap", self.logit_softcap)
 
     @classmethod
     def gpt2(cls, **changes: Any) -> GPTConfig:
@@ -67,7 +76,7 @@ class GPT(Pretrained, nn.Module):
         super().__init__()
         self.config = config
         self.stack = Stack(config)
-        self.head = nn.Linear(config.embed_dim, config.vocab_size, bias=False)
+        self.head = nn.Linear(config.embed_dim, config.vocab_size, bias=config.head_bias)
         init_weights(self, num_residuals=2 * config.num_layers)
         if config.tie_embeddings:
             self.head.weight = self.stack.tokens.weight
@@ -83,7 +92,7 @@ class GPT(Pretrained, nn.Module):
         check_token_ids("input_ids", input_ids, self.config)
         padding = Padding.from_mask(attention_mask, input_ids)
         hidden = self.stack(input_ids, padding, is_causal=True, cache=cache)
-        logits = self.head(hidden)
+        logits = softcap(self.head(hidden), self.config.logit_softcap)
         if labels is None:
             return GPTOutput(logits, None)
         check_labels(labels, input_ids, self.config)

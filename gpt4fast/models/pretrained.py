@@ -26,6 +26,11 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 
 
+def later(default: Any) -> Any:
+    """A field that a configuration got after models had been saved: where theirs lack it, it has its default."""
+    return dataclasses.field(default=default, metadata={"later": True})
+
+
 class Pretrained:
     """Mixin of a torch.nn.Module that is built as `Class(config)` and keeps it as `.config`."""
 
@@ -40,28 +45,52 @@ class Pretrained:
         folder.mkdir(parents=True, exist_ok=True)
         header = {"model_type": self.model_type, "format_version": FORMAT_VERSION}
         text = json.dumps(header | dataclasses.asdict(self.config), indent=2) + "\n"
-        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in _distinct_tensors(self).items()}
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in distinct_tensors(self).items()}
         _replace_file(folder / WEIGHTS_FILE, lambda path: save_file(weights, path, metadata={"format": "pt"}))
         _replace_file(folder / CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike) -> Any:
-        """The model that `save_pretrained` wrote into folder, on the CPU and in evaluation mode.
+    def from_pretrained(cls, folder: str | os.PathLike, *, dtype: torch.dtype | None = None) -> Any:
+        """The model in folder, on the CPU and in evaluation mode: what `save_pretrained` wrote, or another's weights.
+
+        Others' are a folder of transformers (config.json, safetensors), and for `GPT` a GGUF file, whose quantised
+        blocks become numbers (`pip install gpt4fast[hf]`). Logits are transformers'. What is read:
+
+        - `GPT`: gpt2, llama (SmolLM, TinyLlama and more), mistral, qwen2, qwen3, gemma, gemma2, gemma3;
+        - `Encoder`: bert (MiniLM, BGE, E5), roberta, xlm-roberta, camembert;
+        - `EncoderDecoder`: t5 (Flan-T5), bart, whisper.
+
+        Args:
+            dtype: of the weights; as saved where it is None (a GGUF file: in its embedding's, quantised in float32).
 
         Raises:
             FileNotFoundError: a file is missing.
-            ValueError: another class or format, an unknown or missing field, tensors that do not fit the configuration.
+            ValueError: another class or format, an unknown or missing field, tensors that do not fit the configuration,
+                or a field of another's configuration that would change the result and that we do not honour.
         """
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(f"dtype must be a floating-point torch.dtype or None, got {dtype!r}")
+        folder = Path(folder)
+        if folder.suffix == ".gguf":
+            from .convert import load_gguf
+
+            return load_gguf(cls, folder, dtype)
+        values = cls._read_json(folder)
+        if "format_version" not in values and values.get("model_type") not in (None, cls.model_type):
+            from .convert import load_folder
+
+            return load_folder(cls, folder, values, dtype)
+        model = cls._load_own(folder, values)
+        return model if dtype is None else model.to(dtype)
+
+    @classmethod
+    def _load_own(cls, folder: Path, values: dict[str, Any]) -> Any:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        folder = Path(folder)
-        for name in (CONFIG_FILE, WEIGHTS_FILE):
-            if not (folder / name).is_file():
-                raise FileNotFoundError(
-                    f"{folder / name} does not exist; {cls.__name__}.save_pretrained(folder) writes it"
-                )
-        config = cls._read_config(folder / CONFIG_FILE)
+        config = cls._check_config(folder / CONFIG_FILE, values)
+        if not (folder / WEIGHTS_FILE).is_file():
+            raise _missing(folder / WEIGHTS_FILE, cls)
         # The initial values are thrown away: they must not move the caller's generator.
         with torch.random.fork_rng(devices=[]):
             model = cls(config)
@@ -73,13 +102,21 @@ class Pretrained:
         return model.eval()
 
     @classmethod
-    def _read_config(cls, path: Path) -> Any:
+    def _read_json(cls, folder: Path) -> dict[str, Any]:
+        path = folder / CONFIG_FILE
+        if not path.is_file():
+            raise _missing(path, cls)
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{path} is not JSON: {error}") from error
         if not isinstance(values, dict):
             raise ValueError(f"{path} must hold one JSON object, got {type(values).__name__}")
+        return values
+
+    @classmethod
+    def _check_config(cls, path: Path, values: dict[str, Any]) -> Any:
+        values = dict(values)
         found = values.pop("model_type", None)
         if found != cls.model_type:
             raise ValueError(f"{path} describes a model of type {found!r}; {cls.__name__} is {cls.model_type!r}")
@@ -89,12 +126,17 @@ class Pretrained:
         return _config_from_dict(cls.config_class, values, str(path))
 
 
+def _missing(path: Path, cls: type) -> FileNotFoundError:
+    return FileNotFoundError(f"{path} does not exist; {cls.__name__}.save_pretrained(folder) writes it")
+
+
 def _config_from_dict(config_class: type, values: dict[str, Any], where: str) -> Any:
     types = get_type_hints(config_class)
     known = {field.name for field in dataclasses.fields(config_class)}
     if unknown := sorted(set(values) - known):
         raise ValueError(f"{where}: {config_class.__name__} has no field {', '.join(unknown)}")
-    if missing := sorted(known - set(values)):
+    required = {field.name for field in dataclasses.fields(config_class) if "later" not in field.metadata}
+    if missing := sorted(required - set(values)):
         raise ValueError(f"{where}: the field {', '.join(missing)} of {config_class.__name__} is missing")
     arguments = {}
     for name, value in values.items():
@@ -107,7 +149,7 @@ def _config_from_dict(config_class: type, values: dict[str, Any], where: str) ->
     return config_class(**arguments)
 
 
-def _distinct_tensors(model: Any) -> dict[str, Tensor]:
+def distinct_tensors(model: Any) -> dict[str, Tensor]:
     """The state dict with each tensor once: a tied weight goes by the first of its names."""
     first: dict[int, str] = {}
     state = model.state_dict(keep_vars=True)  # the parameters themselves, so that tied ones are the same object
@@ -115,7 +157,7 @@ def _distinct_tensors(model: Any) -> dict[str, Tensor]:
 
 
 def _fill(model: Any, weights: dict[str, Tensor], path: Path) -> None:
-    state = _distinct_tensors(model)
+    state = distinct_tensors(model)
     problems = [f"missing {name}" for name in state if name not in weights]
     problems += [f"unexpected {name}" for name in weights if name not in state]
     problems += [
@@ -123,11 +165,15 @@ def _fill(model: Any, weights: dict[str, Tensor], path: Path) -> None:
         for name, tensor in state.items()
         if name in weights and weights[name].shape != tensor.shape
     ]
-    if problems:
-        more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise ValueError(f"{path} does not fit its config.json: {'; '.join(problems[:8])}{more}")
+    raise_problems(str(path), problems)
     for name, tensor in state.items():
         tensor.data = weights[name]  # takes the saved dtype too, and reaches every name of a tied weight
+
+
+def raise_problems(where: str, problems: list[str]) -> None:
+    if problems:
+        more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise ValueError(f"{where} does not fit its config.json: {'; '.join(problems[:8])}{more}")
 
 
 def _replace_file(path: Path, write: Callable[[Path], Any]) -> None:

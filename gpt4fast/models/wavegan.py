@@ -18,8 +18,8 @@ from torch.nn import functional as F
 
 from gpt4fast.nn import ConvTranspose1d
 
+from .config import check_positive
 from .dcgan import check_latent, init_he
-from .layers import check_positive
 from .pretrained import Pretrained
 
 KERNEL, STRIDE = 25, 4

@@ -14,6 +14,17 @@ STYLES = {
     "one_kv_head": GPTConfig(**SIZES, num_kv_heads=1, positions="rotary", bias=False),
     "rms_learned": GPTConfig(**SIZES, norm="rms", mlp="swiglu", mlp_dim=40, tie_embeddings=False),
 }
+# Styles of others' models: their formulas are tested against transformers (test_convert_*.py).
+OTHERS = {
+    "gemma": GPTConfig(
+        **SIZES, num_kv_heads=2, head_dim=12, norm="rms", norm_placement="sandwich", positions="rotary",
+        mlp="geglu_tanh", mlp_dim=40, bias=False, qkv_bias=True, qk_norm=True, embedding_scale=3.0,
+        attention_softcap=2.0, logit_softcap=9.0, windows=(4, 0, 4), window_rotary_base=100.0,
+    ),
+    "bert": GPTConfig(**SIZES, norm_placement="post", embedding_norm=True, head_bias=True, mlp="relu"),
+    "t5": GPTConfig(**SIZES, head_dim=6, positions="relative", norm="rms", relative_buckets=8, relative_max_distance=9),
+    "stretched": GPTConfig(**SIZES, positions="rotary", rotary_frequencies=(0.9, 0.3, 0.01), mlp="geglu"),
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -29,6 +40,11 @@ def seeded_on_one_thread():
 @pytest.fixture(params=STYLES, ids=list(STYLES))
 def style(request) -> GPTConfig:
     return STYLES[request.param]
+
+
+@pytest.fixture(params=STYLES | OTHERS, ids=list(STYLES | OTHERS))
+def any_style(request) -> GPTConfig:
+    return (STYLES | OTHERS)[request.param]
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -154,8 +155,8 @@ def test_dropout_acts_in_training_only():
     assert torch.equal(model(ids).logits, model(ids).logits)
 
 
-def test_learns_a_repeating_text(style):
-    model = GPT(style)
+def test_learns_a_repeating_text(any_style):
+    model = GPT(any_style)
     text = torch.arange(16).repeat(2, 2)[:, :17]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
@@ -168,10 +169,10 @@ def test_learns_a_repeating_text(style):
     assert losses[-1] < 0.5 < losses[0]
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_compiles_without_graph_breaks(name):
-    config = getattr(GPTConfig, name)(vocab_size=61, max_length=16, num_layers=1, num_heads=2, embed_dim=16)
-    model = GPT(config)
+@pytest.mark.parametrize("any_style", ["gpt2", "llama", "gemma", "t5"], indirect=True)
+def test_compiles_without_graph_breaks(any_style):
+    windows = any_style.windows and any_style.windows[:1]
+    model = GPT(dataclasses.replace(any_style, num_layers=1, windows=windows))
     ids = torch.randint(61, (2, 8))
     mask = torch.ones(2, 8, dtype=torch.bool)
     mask[0, :3] = False

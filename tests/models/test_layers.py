@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from gpt4fast.models import GPT, GPTConfig
-from gpt4fast.models.layers import Padding, apply_rotary, rotary_tables
+from gpt4fast.models.inputs import Padding
+from gpt4fast.models.positions import apply_rotary, rotary_tables
 
 SMALL = {"vocab_size": 61, "max_length": 8, "num_layers": 1, "num_heads": 2, "embed_dim": 16}
 
@@ -19,10 +20,19 @@ SMALL = {"vocab_size": 61, "max_length": 8, "num_layers": 1, "num_heads": 2, "em
         ({"mlp_dim": -4}, "mlp_dim must be a positive int, got -4"),
         ({"num_heads": 3}, r"embed_dim \(16\) must be a multiple of num_heads \(3\)"),
         ({"num_heads": 4, "num_kv_heads": 3}, r"num_heads \(4\) must be a multiple of num_kv_heads \(3\)"),
-        ({"positions": "rotary", "num_heads": 16}, "rotary positions need an even head size, got .* = 1"),
+        ({"positions": "rotary", "num_heads": 16}, "rotary positions need an even head_dim, got 1"),
         ({"norm": "batch"}, "norm must be one of 'layer', 'rms', got 'batch'"),
-        ({"positions": "none"}, "positions must be one of 'learned', 'rotary', got 'none'"),
-        ({"mlp": "relu"}, "mlp must be one of 'gelu', 'gelu_tanh', 'swiglu', got 'relu'"),
+        ({"positions": "none"}, "positions must be one of 'learned', 'rotary', 'relative', got 'none'"),
+        ({"mlp": "maxout"}, "mlp must be one of 'gelu', 'gelu_tanh', .*, got 'maxout'"),
+        ({"norm_placement": "end"}, "norm_placement must be one of 'pre', 'post', 'sandwich', got 'end'"),
+        ({"head_dim": 0}, "head_dim must be a positive int, got 0"),
+        ({"attention_softcap": -1.0}, "attention_softcap must be a number, 0 or more, got -1.0"),
+        ({"logit_softcap": float("inf")}, "logit_softcap must be a number, 0 or more, got inf"),
+        ({"windows": (4, 4)}, r"windows must be 1 ints, one per layer and none negative, got \(4, 4\)"),
+        ({"windows": (-1,)}, r"windows must be 1 ints, one per layer and none negative, got \(-1,\)"),
+        ({"rotary_frequencies": (1.0,) * 5}, "rotary_frequencies must be 1 to 4 numbers, .* got 5"),
+        ({"relative_buckets": 6}, "relative_buckets must be a positive multiple of 4, got 6"),
+        ({"relative_max_distance": 16}, r"more than half of relative_buckets \(32\), got 16"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
     ],
 )
@@ -107,7 +117,7 @@ def test_padding_from_masks():
 def test_rotary_scores_depend_on_the_distance_only():
     config = GPTConfig(**{**SMALL, "positions": "rotary"})
     x = torch.randn(2, 1, 8, dtype=torch.float64)
-    tables = rotary_tables(50, config, x)
+    (tables,) = rotary_tables(50, config, x)
     q, k = (apply_rotary(t.expand(50, 8), tables) for t in x)
     scores = q @ k.T
     for distance in (-7, 0, 30):
@@ -118,6 +128,6 @@ def test_rotary_scores_depend_on_the_distance_only():
 
 def test_rotary_angles_survive_bfloat16():
     config = GPTConfig(**{**SMALL, "positions": "rotary"})
-    cos, _ = rotary_tables(2048, config, torch.zeros(1, dtype=torch.bfloat16))
+    ((cos, _),) = rotary_tables(2048, config, torch.zeros(1, dtype=torch.bfloat16))
     assert cos.dtype == torch.float32
     torch.testing.assert_close(cos[2047, 0], torch.tensor(2047.0, dtype=torch.float64).cos().float())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 
@@ -122,7 +123,7 @@ def change_weights(folder, **changes):
         (lambda f: change_config(f, format_version=2), ValueError, "format_version 2; this gpt4fast reads 1"),
         (lambda f: change_config(f, colour="red"), ValueError, "GPTConfig has no field colour"),
         (lambda f: change_config(f, num_heads="drop"), ValueError, "the field num_heads of GPTConfig is missing"),
-        (lambda f: change_config(f, num_heads=3), ValueError, "must be a multiple of num_heads"),
+        (lambda f: change_config(f, num_heads=3), ValueError, "must be a multiple of num_kv_heads"),
         (lambda f: change_config(f, mlp_dim=65), ValueError, r"mlp.up.weight is \(64, 16\) instead of \(65, 16\)"),
         (lambda f: change_weights(f, stack__norm__weight=None), ValueError, "missing stack.norm.weight"),
         (lambda f: change_weights(f, extra=torch.zeros(1)), ValueError, "unexpected extra"),
@@ -139,6 +140,25 @@ def test_what_does_not_fit_is_named(tmp_path, spoil, error, message):
     spoil(tmp_path)
     with pytest.raises(error, match=message):
         GPT.from_pretrained(tmp_path)
+
+
+def test_folders_from_before_a_field_was_there(tmp_path):
+    """What `later` marks may be missing, and is then what models did before."""
+    model = MODELS["gpt untied"]()
+    model.save_pretrained(tmp_path)
+    added = [field.name for field in dataclasses.fields(GPTConfig) if "later" in field.metadata]
+    assert {"head_dim", "norm_placement", "windows", "logit_softcap"} <= set(added)
+    change_config(tmp_path, **dict.fromkeys(added, "drop"))
+    loaded = GPT.from_pretrained(tmp_path)
+    assert loaded.config == model.config and same_tensors(loaded, model)
+
+
+def test_dtype_converts(tmp_path):
+    model = MODELS["gpt tied"]()
+    model.save_pretrained(tmp_path)
+    assert same_tensors(GPT.from_pretrained(tmp_path, dtype=torch.bfloat16), model.bfloat16())
+    with pytest.raises(ValueError, match="dtype must be a floating-point torch.dtype or None, got torch.int32"):
+        GPT.from_pretrained(tmp_path, dtype=torch.int32)
 
 
 def test_nested_configurations_name_their_place(tmp_path):
