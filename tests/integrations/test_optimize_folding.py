@@ -1,4 +1,4 @@
-"""optimize() for inference: weights that are computed at every call are folded; dropout is seen through; the overhead."""
+"""optimize() for inference: weights computed at every call are folded, and dropout is seen through; the overhead."""
 
 from __future__ import annotations
 
