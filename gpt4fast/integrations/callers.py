@@ -44,7 +44,7 @@ def calls_routed(cls: type) -> bool:
         if code is None or code in seen:
             continue
         seen.add(code)
-        for name in _names(code):
+        for name in names_in(code):
             if name in _ROUTED_NAMES:
                 return True
             # Only code next to the class: what lies further away has modules of its own, or belongs to a library.
@@ -54,11 +54,12 @@ def calls_routed(cls: type) -> bool:
     return False
 
 
-def _names(code) -> Iterator[str]:
+def names_in(code) -> Iterator[str]:
+    """The names of globals and attributes in a function's code."""
     yield from code.co_names
     for constant in code.co_consts:
         if hasattr(constant, "co_names"):  # a function defined inside
-            yield from _names(constant)
+            yield from names_in(constant)
 
 
 class _Caller(TorchFunctionMode):

@@ -11,11 +11,13 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Set
+from types import FunctionType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from .callers import names_in
 from .fold import CONV
 from .merge import (
     CONV_TRANSPOSE,
@@ -104,13 +106,27 @@ def trace(module: nn.Module) -> tuple[PlainForward, fx.Graph]:
 def foldable_runs(module: nn.Module, shared: Set[nn.Module]) -> list[Run]:
     """The convolutions in a module's forward that have a batch norm behind them.
 
-    None where a flag decides what is called: it may be set otherwise later.
+    None where a flag decides what is called, which may be set otherwise later, and none that another method may call by
+    itself.
     """
     try:
         plain, graph = trace(module)
     except NotPlain:
         return []
-    return [] if plain.flags else [run for run in _runs(module, graph, shared) if run.norm is not None]
+    named = _named_in_methods(type(module))
+    runs = (run for run in _runs(module, graph, shared) if run.norm is not None and not plain.flags)
+    return [run for run in runs if not any(node.target.partition(".")[0] in named for node, _ in run.items[:2])]
+
+
+def _named_in_methods(cls: type) -> set[str]:
+    """The names in all methods beside forward, and beside those that set parameters to begin with."""
+    methods = ((name, value) for base in cls.__mro__ if base is not nn.Module for name, value in vars(base).items())
+    codes = (
+        value.__code__
+        for name, value in methods
+        if isinstance(value, FunctionType) and name != "forward" and "init" not in name and "reset" not in name
+    )
+    return {name for code in codes for name in names_in(code)}
 
 
 def fold_batch_norms(module: nn.Module, shared: Set[nn.Module]) -> None:

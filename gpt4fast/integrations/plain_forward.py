@@ -9,10 +9,11 @@ whose values are noted down.
 from __future__ import annotations
 
 import ast
+import dis
 import functools
 import inspect
 import textwrap
-from types import FunctionType, ModuleType
+from types import CodeType, FunctionType, ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -177,4 +178,12 @@ def _definition(function: FunctionType) -> ast.FunctionDef:
         raise NotPlain("its source can't be read") from None
     if not isinstance(definition, ast.FunctionDef):
         raise NotPlain("its source can't be read")
+    compiled = compile(ast.Module([definition], []), "<forward>", "exec").co_consts
+    if not any(isinstance(code, CodeType) and _names(code) == _names(function.__code__) for code in compiled):
+        raise NotPlain("its source is not that of its code")  # a file that was edited since
     return definition
+
+
+def _names(code: CodeType) -> list[object]:
+    """What code reads and writes, in order."""
+    return [step.argval for step in dis.get_instructions(code) if step.opname.startswith(("LOAD_", "STORE_"))]

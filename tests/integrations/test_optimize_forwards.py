@@ -286,7 +286,15 @@ class OutputTwice(ConvTwice):
         return self.norm(y) * y
 
 
-@pytest.mark.parametrize("kind", [Flagged, ConvTwice, NormTwice, OutputTwice])
+class Featured(ConvTwice):
+    def forward(self, x):
+        return self.norm(self.conv(x))
+
+    def features(self, x):
+        return self.conv(x)
+
+
+@pytest.mark.parametrize("kind", [Flagged, ConvTwice, NormTwice, OutputTwice, Featured])
 def test_batch_norms_that_stay(kind) -> None:
     model, x = unsettle(kind()).eval(), torch.randn(2, 3, 5, 5)
     fast = gpt4fast.optimize(model)
@@ -410,6 +418,25 @@ def test_forwards_that_are_not_traced(kind) -> None:
         out = fast(*args)
         torch.testing.assert_close(out, expected)
         assert out.requires_grad == expected.requires_grad
+
+
+def test_a_source_that_is_not_that_of_the_code(tmp_path) -> None:
+    """A notebook's or editor's file has changed since the module was imported."""
+    file = tmp_path / "edited.py"
+    text = """from torch import nn
+class Edited(nn.Module):
+    def forward(self, x):
+        return x.relu()
+"""
+    file.write_text(text)
+    scope = {"__name__": "edited"}
+    exec(compile(text, str(file), "exec"), scope)
+    PlainForward(scope["Edited"]())
+    file.write_text(text.replace("relu", "tanh"))
+    scope = {"__name__": "edited"}
+    exec(compile(text, str(file), "exec"), scope)
+    with pytest.raises(NotPlain, match="not that of its code"):
+        PlainForward(scope["Edited"]())
 
 
 class InPlace(Up):
