@@ -86,8 +86,6 @@ def cuda_attention(call: dict) -> str | None:
         return "the CUDA kernels of attention give no gradients"
     if call.get("attn_mask") is not None or call.get("dropout_p"):
         return "the CUDA kernel of attention has no mask and no dropout"
-    if "key_cache" in call and call["key_cache"].dtype == torch.float8_e4m3fn:
-        return "the CUDA kernel of attention_decode takes caches in query's dtype and int8, not float8_e4m3fn"
     if widest > 256:
         return f"the CUDA kernels of attention take rows of at most 256 numbers, and these have {widest}"
     return cuda_refusal(query)

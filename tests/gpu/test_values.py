@@ -76,12 +76,15 @@ CACHES = {
     "paged": {"block": 16},
     "int8": {"int8": True},
     "int8, paged": {"int8": True, "block": 64},
+    "float8": {"float8": True},
+    "float8, paged": {"float8": True, "block": 16},
 }
 
 
 def decode(call, impl, dtype, **options):
     """Output, and the caches that were written to, in ``dtype`` where they were floating point."""
-    call = {name: t.to(dtype) if t.is_floating_point() and "scales" not in name else t for name, t in call.items()}
+    rounded = torch.float32, torch.float16, torch.bfloat16
+    call = {name: t.to(dtype) if t.dtype in rounded and "scales" not in name else t for name, t in call.items()}
     call = {name: t.clone() for name, t in call.items()}
     out = gpt4fast.attention_decode(**call, **options, impl=impl)
     return out, {name: t for name, t in call.items() if name.endswith(("cache", "scales"))}
@@ -102,6 +105,8 @@ def test_decoding(name, rotates, dtype, impl):
     for kind, cache in caches.items():
         if cache.dtype == torch.int8:  # a rotation rounded otherwise may end in the next integer
             assert (cache.int() - expected[kind].int()).abs().max() <= 1
+        elif cache.dtype == torch.float8_e4m3fn:
+            torch.testing.assert_close(cache.float(), expected[kind].float(), rtol=1 / 8, atol=1 / 512)
         else:
             torch.testing.assert_close(cache, expected[kind], equal_nan=True)
 

@@ -54,6 +54,8 @@ FAULTS = {
         "token < p.query_length",
         "token + 1 < p.query_length",
     ),
+    "decode: a number of float8": (DECODE, "attention_products.cuh", "(wide & 0x7Fu) << 20", "(wide & 0x3Fu) << 20"),
+    "decode: the largest of float8": (DECODE, "attention_decode_cache.cuh", "127.0f : 448.0f", "127.0f : 480.0f"),
     "attention: tile not waited for": (
         ATTENTION,
         ATTENTION,
@@ -161,6 +163,7 @@ def decode_battery(ops) -> None:
     Case(1, 1, 3, 7, 90, 40, 24, torch.float16, page=16, lengths=[70]).check(**tables(90, 40))
     Case(1, 1, 2, 1, 600, 64, 64, torch.bfloat16, lengths=[599]).check()
     Case(2, 1, 2, 1, 300, 40, 16, torch.float32, int8=True, lengths=[255, 7]).check()
+    Case(1, 1, 2, 2, 40, 16, 16, torch.float16, float8=True, lengths=[30]).check()
 
 
 def attention_battery(ops) -> None:
