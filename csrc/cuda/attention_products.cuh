@@ -17,6 +17,7 @@ namespace gpt4fast {
 inline constexpr float kLog2E = 1.44269504088896340736f, kLn2 = 0.69314718055994530942f;
 inline constexpr float kInfinity = std::numeric_limits<float>::infinity();
 inline constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+inline constexpr float kHighest = std::numeric_limits<float>::max();
 
 // What an exponent is taken from: 0 where the peak is of no number at all
 __device__ __forceinline__ float origin_of(float peak) {
