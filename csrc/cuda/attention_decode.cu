@@ -238,8 +238,7 @@ __global__ void __launch_bounds__(DecodeConfig<scalar_t, cache_t, kWidth>::kThre
   }
 }
 
-// One query row: its parts, weighted by their sums.
-template <typename scalar_t>
+// One query row: its parts, weighted by their sums. One kernel for all dtypes, which make no difference to its speed.
 __global__ void __launch_bounds__(kCombineThreads) attention_decode_combine_kernel(const DecodeLaunch p) {
   struct Shared {
     float weights[kMostDecodeSplits];
@@ -268,15 +267,21 @@ __global__ void __launch_bounds__(kCombineThreads) attention_decode_combine_kern
   __syncthreads();
   const auto heads = static_cast<uint32_t>(p.query_heads), tokens = static_cast<uint32_t>(p.query_length);
   const uint32_t row = blockIdx.x / tokens;
-  auto* target = static_cast<scalar_t*>(p.out) + row / heads * p.out_strides[0] + row % heads * p.out_strides[1] +
-                 blockIdx.x % tokens * p.out_strides[2];
+  const int64_t target =
+      row / heads * p.out_strides[0] + row % heads * p.out_strides[1] + blockIdx.x % tokens * p.out_strides[2];
   for (int column = thread; column < value_dim; column += kCombineThreads) {
     float sum = 0.0f;
 #pragma unroll 16
     for (int split = 0; split < splits; ++split) {
       sum += parts[split * value_dim + column] * shared.weights[split];
     }
-    target[column] = static_cast<scalar_t>(sum);
+    if (p.dtype == ElementType::float32) {
+      static_cast<float*>(p.out)[target + column] = sum;
+    } else if (p.dtype == ElementType::bfloat16) {
+      static_cast<BFloat16*>(p.out)[target + column] = static_cast<BFloat16>(sum);
+    } else {
+      static_cast<Half*>(p.out)[target + column] = static_cast<Half>(sum);
+    }
   }
   if (thread == 0) {
     p.lse[blockIdx.x] = total == 0.0f ? -kInfinity : (peak + log2f(total)) * kLn2;
@@ -301,8 +306,7 @@ void run(const Device& device, const Tensor& query, DecodeLaunch& p) {
   device.launch(attention_decode_kernel<scalar_t, cache_t, kWidth>, heads * p.parts * p.splits, Config::kThreads,
                 kSharedBytes, p);
   if (p.splits > 1) {
-    device.launch(attention_decode_combine_kernel<scalar_t>, heads * rows, kCombineThreads,
-                  kMostDecodeSplits * sizeof(float), p);
+    device.launch(attention_decode_combine_kernel, heads * rows, kCombineThreads, kMostDecodeSplits * sizeof(float), p);
   }
 }
 
