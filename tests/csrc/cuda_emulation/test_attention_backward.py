@@ -23,13 +23,15 @@ def _cuda_ops(cuda_ops, monkeypatch):
 
 
 # (B, Hq, Hk, Lq, Lk, D, Dv): tails of queries and keys, grouped heads, copies of 16 bytes and of single numbers.
-SHAPES = [(2, 2, 1, 33, 65, 40, 24), (1, 2, 2, 70, 150, 16, 16), (1, 2, 1, 5, 3, 7, 3)]
+SHAPES = [(2, 2, 1, 33, 65, 40, 24), (1, 2, 1, 5, 3, 7, 3)]
+LARGER = (1, 2, 2, 70, 150, 16, 16)  # of several tiles either way, for what differs from tile to tile
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", OPTION_NAMES)
 def test_matches_float64(name, dtype):
-    for shape in SHAPES:
+    differs = any(word in name for word in ("causal", "window", "dropout", "blocks", "all"))
+    for shape in [*SHAPES, LARGER] if differs and dtype != torch.bfloat16 else SHAPES:
         batch, heads, _, queries, keys, _, _ = shape
         assert_close(make_inputs(*shape, dtype), **options_named(name, batch, heads, queries, keys))
 

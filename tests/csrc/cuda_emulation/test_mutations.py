@@ -31,7 +31,7 @@ BARRIER, WARP_BARRIER = "__syncthreads();", "__syncwarp();"
 FAULTS = {
     "decode: tile not waited for": (DECODE, DECODE, "wait_for_copies<kTiles - 2>", "wait_for_copies<kTiles - 1>"),
     "decode: no barrier before a tile is read": (DECODE, DECODE, WARP_BARRIER + "  // every", "// every"),
-    "decode: no barrier after conversion": (DECODE, DECODE, f"warp]);\n      {WARP_BARRIER}", "warp]);"),
+    "decode: no barrier after conversion": (DECODE, DECODE, f"cache_dtype);\n      {WARP_BARRIER}", "cache_dtype);"),
     "decode: no barrier after the query": (DECODE, DECODE, f"  {BARRIER}\n\n  const Row rows", "\n  const Row rows"),
     "decode: no barrier before the sums": (
         DECODE,
@@ -79,7 +79,12 @@ FAULTS = {
         f"  {WARP_BARRIER}\n  if (is_wide) {{",
         "  if (is_wide) {",
     ),
-    "attention: a future key is seen": (ATTENTION, TILES, "query + offset + 1) : length", "query + offset + 2) : length"),
+    "attention: a future key is seen": (
+        ATTENTION,
+        TILES,
+        "query + offset + 1) : length",
+        "query + offset + 2) : length",
+    ),
     "attention: the next sequence's query": (ATTENTION, TILES, "to = end - first;", "to = end - first + 1;"),
     "attention: a row too many": (
         ATTENTION,
@@ -152,7 +157,12 @@ FAULTS = {
         f"wait_for_copies<1>();\n    {BARRIER}",
     ),
     "gradient of keys: no barrier in the loop": (BACKWARD, OF_KEYS, BARRIER + "  // everyone's", "// everyone's"),
-    "gradient of keys: a query too few": (BACKWARD, TILES, "key - offset + p.window_left + 1);", "key - offset + p.window_left);"),
+    "gradient of keys: a query too few": (
+        BACKWARD,
+        TILES,
+        "key - offset + p.window_left + 1);",
+        "key - offset + p.window_left);",
+    ),
     "gradient of keys: queries of a tile that do not see all keys": (
         BACKWARD,
         OF_KEYS,
