@@ -51,11 +51,11 @@ struct AttentionForwardParams : AttentionParams {
 
 // Attention over a cache: key and value are (B, Hk, kv_length, D) or, with a block_table, in blocks of it.
 struct AttentionDecodeParams : AttentionForwardParams {
-  ElementType cache_dtype;     // of key and value: dtype, or int8 with scales
+  ElementType cache_dtype;     // of key and value: dtype, or int8 or float8_e4m3fn with scales
   const int64_t* block_table;  // (B, blocks_per_row), contiguous: blocks of key and value (blocks, Hk, block_size, D),
                                // or null: row b is block b
   int64_t block_size, blocks_per_row;
-  float* key_scales;    // (B or blocks, Hk, kv_length or block_size): a number stands for int8 * scale; or null
+  float* key_scales;    // (B or blocks, Hk, kv_length or block_size): a number stands for itself * scale; or null
   float* value_scales;  // likewise
   int64_t key_scale_strides[3];
   int64_t value_scale_strides[3];

@@ -35,6 +35,11 @@ struct AttentionDecodeArguments {
   const std::optional<torch::stable::Tensor>& alibi_slopes;
 };
 
+// Whether a cache has a scale for each row.
+inline bool is_scaled(ElementType cache_dtype) {
+  return cache_dtype == ElementType::int8 || cache_dtype == ElementType::float8_e4m3fn;
+}
+
 inline void set_caches(const AttentionDecodeArguments& a, AttentionDecodeParams& p) {
   using torch::headeronly::ScalarType;
   const auto &query = a.query, &key_cache = a.key_cache, &value_cache = a.value_cache;
@@ -43,7 +48,8 @@ inline void set_caches(const AttentionDecodeArguments& a, AttentionDecodeParams&
   CHECK_DIM(value_cache, 4);
   p.dtype = element_type_of(query, "query");
   STD_TORCH_CHECK(p.dtype != ElementType::int8, "expected query to be float32, bfloat16 or float16, but it is int8");
-  p.cache_dtype = element_type_of(key_cache, "key_cache");
+  p.cache_dtype = key_cache.scalar_type() == ScalarType::Float8_e4m3fn ? ElementType::float8_e4m3fn
+                                                                       : element_type_of(key_cache, "key_cache");
   p.batch = query.size(0);
   p.query_heads = query.size(1);
   p.query_length = query.size(2);
@@ -51,7 +57,7 @@ inline void set_caches(const AttentionDecodeArguments& a, AttentionDecodeParams&
   p.kv_heads = key_cache.size(1);
   p.block_size = key_cache.size(2);
   p.value_dim = value_cache.size(3);
-  const ScalarType dtype = p.cache_dtype == ElementType::int8 ? ScalarType::Char : query.scalar_type();
+  const ScalarType dtype = is_scaled(p.cache_dtype) ? key_cache.scalar_type() : query.scalar_type();
   const int64_t blocks = a.block_table ? key_cache.size(0) : p.batch;
   check_tensor(key_cache, "key_cache", {blocks, p.kv_heads, p.block_size, p.head_dim}, dtype, query);
   check_tensor(value_cache, "value_cache", {blocks, p.kv_heads, p.block_size, p.value_dim}, dtype, query);
@@ -79,8 +85,8 @@ inline void set_caches(const AttentionDecodeArguments& a, AttentionDecodeParams&
 inline void set_scales(const AttentionDecodeArguments& a, AttentionDecodeParams& p) {
   const auto set = [&](const std::optional<torch::stable::Tensor>& scales, const char* name, float*& data,
                        int64_t (&strides)[3]) {
-    STD_TORCH_CHECK(scales.has_value() == (p.cache_dtype == ElementType::int8), "expected ", name,
-                    " with int8 caches, and only with them");
+    STD_TORCH_CHECK(scales.has_value() == is_scaled(p.cache_dtype), "expected ", name,
+                    " with int8 and float8_e4m3fn caches, and only with them");
     if (scales) {
       check_tensor(*scales, name, {a.key_cache.size(0), p.kv_heads, p.block_size}, torch::headeronly::ScalarType::Float,
                    a.query);

@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include "../attention_backward_arguments.h"
 #include "../common/checks.h"
 #include "../common/dtypes.h"
 #include "../common/empty.h"
@@ -26,38 +27,6 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
-
-void set_saved_tensors(const Tensor& grad_out, const Optional& grad_lse, const Tensor& query, const Tensor& out,
-                       const Tensor& lse, AttentionBackwardParams& p) {
-  const auto check = [&](const Tensor& tensor, const char* name, ScalarType dtype, std::vector<int64_t> shape) {
-    STD_TORCH_CHECK(tensor.is_cpu(), "expected ", name, " to be on the CPU");
-    STD_TORCH_CHECK(tensor.scalar_type() == dtype, "expected ", name, " to be ", name_of(dtype), ", but its dtype is ",
-                    name_of(tensor.scalar_type()));
-    bool fits = tensor.dim() == static_cast<int64_t>(shape.size());
-    for (size_t axis = 0; fits && axis < shape.size(); ++axis) {
-      fits = tensor.size(static_cast<int64_t>(axis)) == shape[axis];
-    }
-    STD_TORCH_CHECK(fits, "expected ", name, " to have shape (", query.size(0), ", ", p.query_heads, ", ",
-                    p.query_length, shape.size() == 4 ? message(", ", p.value_dim) : "", "), but its shape is ",
-                    shape_of(tensor));
-  };
-  const std::vector<int64_t> of_rows = {query.size(0), p.query_heads, p.query_length};
-  const std::vector<int64_t> of_values = {query.size(0), p.query_heads, p.query_length, p.value_dim};
-  check(grad_out, "grad_out", query.scalar_type(), of_values);
-  check(out, "out", query.scalar_type(), of_values);
-  check(lse, "lse", ScalarType::Float, of_rows);
-  CHECK_CONTIGUOUS(lse);
-  p.grad_out = grad_out.const_data_ptr();
-  copy_strides(grad_out, p.grad_out_strides);
-  p.out = out.const_data_ptr();
-  copy_strides(out, p.out_strides);
-  p.lse = lse.const_data_ptr<float>();
-  if (grad_lse) {
-    check(*grad_lse, "grad_lse", ScalarType::Float, of_rows);
-    p.grad_lse = grad_lse->const_data_ptr<float>();
-    copy_strides(*grad_lse, p.grad_lse_strides);
-  }
-}
 
 Tensor empty_gradient(const Tensor& of, bool is_covered, void*& data, int64_t (&strides)[4]) {
   Tensor gradient = torch::stable::empty_like(of);
@@ -121,12 +90,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   const Tensor grad_key = empty_gradient(key, all_keys, p.grad_key, p.grad_key_strides);
   const Tensor grad_value = empty_gradient(value, all_keys, p.grad_value, p.grad_value_strides);
 
-  std::vector<int64_t> mask_shape = {0};
-  if (needs_mask_grad) {
-    STD_TORCH_CHECK(attn_mask && p.mask_kind != MaskKind::boolean, "expected a float attn_mask with needs_mask_grad");
-    mask_shape = {attn_mask->size(0), attn_mask->size(1), attn_mask->size(2), attn_mask->size(3)};
-  }
-  const Tensor grad_mask = torch::stable::new_empty(query, mask_shape, ScalarType::Float);
+  const Tensor grad_mask =
+      torch::stable::new_empty(query, mask_gradient_shape(needs_mask_grad, attn_mask, p), ScalarType::Float);
   const int64_t threads = threads_for(double(lse.numel()) * double(p.kv_length + 1) *
                                       (3.0 * double(p.head_dim) + 2.0 * double(p.value_dim) + 1.0));
   run(p, threads);

@@ -68,6 +68,8 @@ std::tuple<Tensor, Tensor> decode(const Tensor& query, const Tensor& key_cache, 
   AttentionDecodeParams p = attention_decode_params({query, key_cache, value_cache, kv_lengths, key, value, block_table,
                                                      cos, sin, rotary_interleaved, key_scales, value_scales, scale,
                                                      kv_starts, window_left, window_right, softcap, alibi_slopes});
+  STD_TORCH_CHECK(p.cache_dtype != ElementType::float8_e4m3fn,
+                  "expected key_cache on a CPU to be in query's dtype or int8, but its dtype is float8_e4m3fn");
   const std::vector<int64_t> positions = positions_of(kv_lengths.const_data_ptr<int64_t>(), p);
   p.query_offsets = positions.data();
   p.kv_lengths = positions.data() + p.batch;

@@ -33,8 +33,8 @@ struct alignas(16) DecodeShared {
   struct Tiles {
     cache_t tiles[Config::kWarps][Config::kTiles][kDecodeKeys * padded_width<cache_t>(kWidth)];
     float scales[Config::kWarps][Config::kTiles][kDecodeKeys];
-    scalar_t numbers[Config::kIsQuantized ? Config::kWarps : 1]
-                    [Config::kIsQuantized ? kDecodeKeys * padded_width<scalar_t>(kWidth) : 8];
+    scalar_t numbers[Config::kIsScaled ? Config::kWarps : 1]
+                    [Config::kIsScaled ? kDecodeKeys * padded_width<scalar_t>(kWidth) : 8];
   };
   scalar_t query[kDecodeRows * padded_width<scalar_t>(kWidth)];
   union {
@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(DecodeConfig<scalar_t, cache_t, kWidth>::kThre
         upcoming = Tile(p, batch, key, first, length);
       }
       (is_key ? keys : values).load(shared.cache.tiles[warp][slot], tile, p.has_whole_tiles);
-      if (Config::kIsQuantized && lane < kDecodeKeys) {
+      if (Config::kIsScaled && lane < kDecodeKeys) {
         const float* scales = is_key ? p.key_scales : p.value_scales;
         const auto& strides = is_key ? p.key_scale_strides : p.value_scale_strides;
         const int64_t offset = tile.entry.offset(strides[0], strides[2]) + kv_head * strides[1];
@@ -107,8 +107,8 @@ __global__ void __launch_bounds__(DecodeConfig<scalar_t, cache_t, kWidth>::kThre
     __syncwarp();  // everyone's copies are there, and everyone is done with the tile that is overwritten now
     request(step + kTiles - 1, is_key == (kTiles % 2 == 1));
     const cache_t* numbers = shared.cache.tiles[warp][step % kTiles];
-    if constexpr (Config::kIsQuantized) {
-      convert_tile<scalar_t, kWidth>(numbers, shared.cache.numbers[warp]);
+    if constexpr (Config::kIsScaled) {
+      convert_tile<scalar_t, kWidth>(numbers, shared.cache.numbers[warp], p.cache_dtype);
       __syncwarp();
       return shared.cache.numbers[warp];
     } else {
@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(DecodeConfig<scalar_t, cache_t, kWidth>::kThre
     const int first_column = (begin + step / 2) * kBlockKeys + warp * kDecodeKeys + lane % 4 * 2;
     for_each_score(scores, [&](float& score, int, int column) {
       score *= scale;
-      if constexpr (Config::kIsQuantized) {
+      if constexpr (Config::kIsScaled) {
         score *= shared.cache.scales[warp][step % kTiles][lane % 4 * 2 + column];
       }
     });
@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(DecodeConfig<scalar_t, cache_t, kWidth>::kThre
     });
     exponentiate(scores, 1.0f, peaks, totals, out);
     const scalar_t* numbers = next_tile(step + 1, false);
-    if constexpr (Config::kIsQuantized) {
+    if constexpr (Config::kIsScaled) {
       for_each_score(scores, [&](float& score, int, int column) {
         score *= shared.cache.scales[warp][(step + 1) % kTiles][lane % 4 * 2 + column];
       });
@@ -238,8 +238,7 @@ __global__ void __launch_bounds__(DecodeConfig<scalar_t, cache_t, kWidth>::kThre
   }
 }
 
-// One query row: its parts, weighted by their sums.
-template <typename scalar_t>
+// One query row: its parts, weighted by their sums. One kernel for all dtypes, which make no difference to its speed.
 __global__ void __launch_bounds__(kCombineThreads) attention_decode_combine_kernel(const DecodeLaunch p) {
   struct Shared {
     float weights[kMostDecodeSplits];
@@ -268,15 +267,21 @@ __global__ void __launch_bounds__(kCombineThreads) attention_decode_combine_kern
   __syncthreads();
   const auto heads = static_cast<uint32_t>(p.query_heads), tokens = static_cast<uint32_t>(p.query_length);
   const uint32_t row = blockIdx.x / tokens;
-  auto* target = static_cast<scalar_t*>(p.out) + row / heads * p.out_strides[0] + row % heads * p.out_strides[1] +
-                 blockIdx.x % tokens * p.out_strides[2];
+  const int64_t target =
+      row / heads * p.out_strides[0] + row % heads * p.out_strides[1] + blockIdx.x % tokens * p.out_strides[2];
   for (int column = thread; column < value_dim; column += kCombineThreads) {
     float sum = 0.0f;
 #pragma unroll 16
     for (int split = 0; split < splits; ++split) {
       sum += parts[split * value_dim + column] * shared.weights[split];
     }
-    target[column] = static_cast<scalar_t>(sum);
+    if (p.dtype == ElementType::float32) {
+      static_cast<float*>(p.out)[target + column] = sum;
+    } else if (p.dtype == ElementType::bfloat16) {
+      static_cast<BFloat16*>(p.out)[target + column] = static_cast<BFloat16>(sum);
+    } else {
+      static_cast<Half*>(p.out)[target + column] = static_cast<Half>(sum);
+    }
   }
   if (thread == 0) {
     p.lse[blockIdx.x] = total == 0.0f ? -kInfinity : (peak + log2f(total)) * kLn2;
@@ -301,8 +306,7 @@ void run(const Device& device, const Tensor& query, DecodeLaunch& p) {
   device.launch(attention_decode_kernel<scalar_t, cache_t, kWidth>, heads * p.parts * p.splits, Config::kThreads,
                 kSharedBytes, p);
   if (p.splits > 1) {
-    device.launch(attention_decode_combine_kernel<scalar_t>, heads * rows, kCombineThreads,
-                  kMostDecodeSplits * sizeof(float), p);
+    device.launch(attention_decode_combine_kernel, heads * rows, kCombineThreads, kMostDecodeSplits * sizeof(float), p);
   }
 }
 
@@ -350,8 +354,8 @@ std::tuple<Tensor, Tensor> decode(const Tensor& query, const Tensor& key_cache, 
   }
   if (lse.numel() > 0) {
     DTYPE_SWITCH(query.scalar_type(), "query", scalar_t, [&] {
-      BOOL_SWITCH(p.cache_dtype == ElementType::int8, kIsQuantized, [&] {
-        using cache_t = std::conditional_t<kIsQuantized, int8_t, scalar_t>;
+      BOOL_SWITCH(is_scaled(p.cache_dtype), kIsScaled, [&] {
+        using cache_t = std::conditional_t<kIsScaled, int8_t, scalar_t>;
         const auto launch = width <= 64    ? run<scalar_t, cache_t, 64>
                             : width <= 128 ? run<scalar_t, cache_t, 128>
                                            : run<scalar_t, cache_t, 256>;

@@ -2,6 +2,8 @@
 
 // A head of a key-value cache on a GPU, contiguous or in blocks: who sees what of it, reading it, and appending to it.
 
+#include <torch/headeronly/util/Float8_e4m3fn.h>
+
 #include "../attention.h"
 #include "attention_decode_config.h"
 #include "launch.h"
@@ -146,9 +148,10 @@ __device__ __forceinline__ float sum_of_warp(float value) {
   return value;
 }
 
-// A warp writes one row of the cache; where that is int8, its numbers times the scale that is written stand for it.
+// A warp writes one row of the cache; where that has scales, its numbers times the one that is written stand for it.
 template <typename cache_t, int kWidth, typename Read>
-__device__ __forceinline__ void write_row(cache_t* row, int64_t stride, int64_t columns, float* scale, Read read) {
+__device__ __forceinline__ void write_row(cache_t* row, int64_t stride, int64_t columns, float* scale,
+                                          ElementType cache_dtype, Read read) {
   const int lane = threadIdx.x % 32;
   float numbers[kWidth / 32], largest = 0.0f, zero = 0.0f;  // NaN where a number is infinite or NaN
 #pragma unroll
@@ -161,7 +164,7 @@ __device__ __forceinline__ void write_row(cache_t* row, int64_t stride, int64_t 
   float quotient = 1.0f;
   if constexpr (sizeof(cache_t) == 1) {
     zero = sum_of_warp(zero);
-    quotient = largest_of_warp(largest) / 127.0f;
+    quotient = largest_of_warp(largest) / (cache_dtype == ElementType::int8 ? 127.0f : 448.0f);
     quotient = quotient == 0.0f ? 1.0f : quotient;
     if (lane == 0) {
       *scale = quotient + zero;
@@ -172,8 +175,12 @@ __device__ __forceinline__ void write_row(cache_t* row, int64_t stride, int64_t 
     const int column = lane + 32 * i;
     if (column < columns) {
       if constexpr (sizeof(cache_t) == 1) {
-        const float rounded = rintf(numbers[i] / quotient);
-        row[column * stride] = rounded == rounded ? static_cast<cache_t>(rounded) : cache_t(0);
+        const float number = numbers[i] / quotient;
+        if (cache_dtype == ElementType::int8) {
+          row[column * stride] = number == number ? static_cast<cache_t>(rintf(number)) : cache_t(0);
+        } else {
+          row[column * stride] = static_cast<cache_t>(torch::headeronly::Float8_e4m3fn(number).x);
+        }
       } else {
         row[column * stride] = static_cast<cache_t>(numbers[i]);
       }
@@ -201,7 +208,8 @@ __device__ __forceinline__ void append(const DecodeLaunch& p, int64_t batch, int
       auto* to = static_cast<cache_t*>(cache) + entry.offset(strides[0], strides[2]) + head * strides[1];
       float* scale =
           scales ? scales + entry.offset(scale_strides[0], scale_strides[2]) + head * scale_strides[1] : nullptr;
-      write_row<cache_t, kWidth>(to, strides[3], columns, scale, [&](int column) { return read(from, column); });
+      write_row<cache_t, kWidth>(to, strides[3], columns, scale, p.cache_dtype,
+                                 [&](int column) { return read(from, column); });
     };
     write(p.new_key, p.new_key_strides, p.key_cache, p.key_strides, p.key_scales, p.key_scale_strides, p.head_dim,
           [&](const scalar_t* row, int column) { return read_turned(p, row, p.new_key_strides[3], column, position); });

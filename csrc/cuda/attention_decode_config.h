@@ -21,10 +21,11 @@ GPT4FAST_HOST_DEVICE constexpr int padded_width(int width) {
   return width + static_cast<int>(16 / sizeof(T));
 }
 
-// Of one instantiation: rows of at most kWidth numbers, scalar_t in the query and cache_t in the caches.
+// Of one instantiation: rows of at most kWidth numbers, scalar_t in the query and cache_t in the caches: the
+// same, or int8_t for bytes with a scale, whose meaning is known at run time.
 template <typename scalar_t, typename cache_t, int kWidth>
 struct DecodeConfig {
-  static constexpr bool kIsQuantized = sizeof(cache_t) == 1;
+  static constexpr bool kIsScaled = sizeof(cache_t) == 1;
   // Three blocks on a multiprocessor of 228 KiB, two of 164; of compute capability 8.6 it has 100, of which a block
   // gets 99.
   static constexpr int kSharedBytes = 74 << 10;
@@ -36,7 +37,7 @@ struct DecodeConfig {
   static constexpr int kNumberBytes = kDecodeKeys * padded_width<scalar_t>(kWidth) * sizeof(scalar_t);
   // Tiles of keys and of values that a warp holds or waits for: enough bytes in flight for the memory's latency.
   static constexpr int kTiles = std::clamp(
-      (kSharedBytes - kNumberBytes - (kIsQuantized ? kWarps * kNumberBytes : 0)) / (kWarps * (kTileBytes + 64)), 2, 4);
+      (kSharedBytes - kNumberBytes - (kIsScaled ? kWarps * kNumberBytes : 0)) / (kWarps * (kTileBytes + 64)), 2, 4);
 };
 
 // Into how many parts the keys of a head are cut: so many that two blocks run on each multiprocessor, but each part

@@ -7,13 +7,18 @@
 
 namespace gpt4fast {
 
-// A block takes kRows queries of a head, kParts times 16 for each warp, through kKeys keys at a time.
+// Whether all registers are taken without a mask and dropout, which then have a kernel of their own.
 template <typename scalar_t, int kWidth>
+inline constexpr bool kRegistersAreFull = sizeof(scalar_t) == 2 && kWidth == 128;
+
+// A block takes kRows queries of a head, kParts times 16 for each warp, through kKeys keys at a time. kAlters: there
+// may be a mask or dropout.
+template <typename scalar_t, int kWidth, bool kAlters>
 struct AttentionConfig {
   static constexpr bool kIsHalf = sizeof(scalar_t) == 2;
   static constexpr int kSharedBytes = 99 << 10;  // see DecodeConfig
   // Two parts share what is read of keys and values, where registers hold the sums of both.
-  static constexpr int kParts = kIsHalf && kWidth <= 128 ? 2 : 1;
+  static constexpr int kParts = kIsHalf && kWidth <= 128 && !(kAlters && kRegistersAreFull<scalar_t, kWidth>) ? 2 : 1;
   static constexpr int kWarps = !kIsHalf && kWidth == 256 ? 2 : 4;
   static constexpr int kWarpRows = 16 * kParts;
   static constexpr int kThreads = 32 * kWarps, kRows = kWarpRows * kWarps;

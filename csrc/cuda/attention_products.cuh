@@ -5,8 +5,10 @@
 // ptx.cuh). In half types by tensor cores; in float32 by multiply-adds of the same numbers. Tiles are kWidth wide,
 // zeros behind what there is: a branch in these loops would keep loads from running ahead of products.
 
+#include <cstring>
 #include <limits>
 
+#include "../element_type.h"
 #include "attention_decode_config.h"
 #include "ptx.cuh"
 
@@ -14,6 +16,8 @@ namespace gpt4fast {
 
 inline constexpr float kLog2E = 1.44269504088896340736f, kLn2 = 0.69314718055994530942f;
 inline constexpr float kInfinity = std::numeric_limits<float>::infinity();
+inline constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+inline constexpr float kHighest = std::numeric_limits<float>::max();
 
 // What an exponent is taken from: 0 where the peak is of no number at all
 __device__ __forceinline__ float origin_of(float peak) {
@@ -176,24 +180,41 @@ __device__ __forceinline__ void exponentiate(float (&scores)[kParts][kTiles][4],
   }
 }
 
-// int8 numbers as scalar_t. A warp does the whole tile.
+// A float8_e4m3fn, exactly: instructions know it from sm_89 on. With its bits in the places of float32's it is 2^120
+// times as small.
+__device__ __forceinline__ float read_float8(int8_t bits) {
+  const auto wide = static_cast<uint32_t>(static_cast<uint8_t>(bits));
+  const uint32_t placed = (wide & 0x80u) << 24 | (wide & 0x7Fu) << 20;
+  float number;
+  memcpy(&number, &placed, sizeof(number));
+  return (wide & 0x7Fu) == 0x7Fu ? kNaN : number * 0x1p120f;
+}
+
+// The bytes of a cache as scalar_t. A warp does the whole tile.
 template <typename scalar_t, int kWidth>
-__device__ __forceinline__ void convert_tile(const int8_t* tile, scalar_t* numbers) {
-  for (int i = threadIdx.x % 32; i < kDecodeKeys * kWidth / 16; i += 32) {
-    const int row = i / (kWidth / 16), column = i % (kWidth / 16) * 16;
-    alignas(16) int8_t from[16];
-    alignas(16) scalar_t to[16];
-    *reinterpret_cast<uint4*>(from) =
-        *reinterpret_cast<const uint4*>(tile + row * padded_width<int8_t>(kWidth) + column);
+__device__ __forceinline__ void convert_tile(const int8_t* tile, scalar_t* numbers, ElementType cache_dtype) {
+  const auto convert = [&](auto read) {
+    for (int i = threadIdx.x % 32; i < kDecodeKeys * kWidth / 16; i += 32) {
+      const int row = i / (kWidth / 16), column = i % (kWidth / 16) * 16;
+      alignas(16) int8_t from[16];
+      alignas(16) scalar_t to[16];
+      *reinterpret_cast<uint4*>(from) =
+          *reinterpret_cast<const uint4*>(tile + row * padded_width<int8_t>(kWidth) + column);
 #pragma unroll
-    for (int k = 0; k < 16; ++k) {
-      to[k] = static_cast<scalar_t>(static_cast<float>(from[k]));
-    }
+      for (int k = 0; k < 16; ++k) {
+        to[k] = static_cast<scalar_t>(read(from[k]));
+      }
 #pragma unroll
-    for (int k = 0; k < static_cast<int>(sizeof(scalar_t)); ++k) {
-      reinterpret_cast<uint4*>(numbers + row * padded_width<scalar_t>(kWidth) + column)[k] =
-          reinterpret_cast<const uint4*>(to)[k];
+      for (int k = 0; k < static_cast<int>(sizeof(scalar_t)); ++k) {
+        reinterpret_cast<uint4*>(numbers + row * padded_width<scalar_t>(kWidth) + column)[k] =
+            reinterpret_cast<const uint4*>(to)[k];
+      }
     }
+  };
+  if (cache_dtype == ElementType::int8) {
+    convert([](int8_t number) { return static_cast<float>(number); });
+  } else {
+    convert([](int8_t number) { return read_float8(number); });
   }
 }
 

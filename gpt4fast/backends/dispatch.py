@@ -154,7 +154,7 @@ ATTENTION_DECODE = Op(
     {
         "native": Candidate(compiled_attention_decode.attention_decode, refusals.native_attention_decode),
         "triton": Candidate(triton_attention_decode.attention_decode, triton_attention_decode.refusal),
-        "cuda": Candidate(compiled_attention_decode.attention_decode, refusals.cuda_attention),
+        "cuda": Candidate(compiled_attention_decode.attention_decode, refusals.cuda_attention_decode),
         "reference": Candidate(partial(cached_attention, reference_attention.attention), refusals.never),
         "torch": Candidate(partial(cached_attention, aten_attention.attention), refusals.torch_attention),
     },

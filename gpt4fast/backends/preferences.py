@@ -39,12 +39,23 @@ def _attention_on_gpu(call: dict) -> tuple[str, ...]:
     is_plain = all(call[name] is None for name in bounds) and not (call["softcap"] or call["return_lse"])
     if is_plain and isinstance(offset, int) and (offset == 0 or not call["is_causal"]):
         return "torch", "reference"
-    return "cuda", "triton", "torch", "reference"
+    return _kernels_on_gpu(call)
 
 
 def packed_or_cached_attention(call: dict) -> tuple[str, ...]:
     # On a GPU 7 to 9 for packed sequences (1.4 to 2 beside one padded call), 7 to 14 for decoding, int8 caches 44.
-    return ("native", "torch", "reference") if call["query"].is_cpu else ("cuda", "triton", "torch", "reference")
+    return ("native", "torch", "reference") if call["query"].is_cpu else _kernels_on_gpu(call)
+
+
+def _kernels_on_gpu(call: dict) -> tuple[str, ...]:
+    """The CUDA kernels were measured without mask, dropout and gradients: there Triton's come first, and torch's."""
+    if "key_cache" in call:
+        float8 = call["key_cache"].dtype == torch.float8_e4m3fn  # only Triton's was measured, which older GPUs lack
+        return ("triton", "cuda", "torch", "reference") if float8 else ("cuda", "triton", "torch", "reference")
+    needed = needs_grad(call["query"], call["key"], call["value"], call.get("attn_mask"))
+    if needed or call.get("attn_mask") is not None or call["dropout_p"]:
+        return "triton", "torch", "cuda", "reference"
+    return "cuda", "triton", "torch", "reference"
 
 
 # Multiply-adds of a convolution. Torch's own autograd costs 60 us less a call.

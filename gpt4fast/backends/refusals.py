@@ -79,15 +79,24 @@ def cuda_conv_transpose(call: dict) -> str | None:
 
 
 def cuda_attention(call: dict) -> str | None:
-    query = call["query"]
-    others = [name for name in ("key", "value", "key_cache", "value_cache", "alibi_slopes") if name in call]
-    widest = max(query.shape[-1], call.get("value_cache", call["value"]).shape[-1])
-    if needs_grad(query, *(call[name] for name in others)):
-        return "the CUDA kernels of attention give no gradients"
-    if call.get("attn_mask") is not None or call.get("dropout_p"):
-        return "the CUDA kernel of attention has no mask and no dropout"
-    if "key_cache" in call and call["key_cache"].dtype == torch.float8_e4m3fn:
-        return "the CUDA kernel of attention_decode takes caches in query's dtype and int8, not float8_e4m3fn"
+    query, key, value, mask = call["query"], call["key"], call["value"], call.get("attn_mask")
+    widest = max(query.shape[-1], value.shape[-1])
+    if mask is not None and mask.dtype == torch.float64:
+        return "the CUDA kernel of attention takes no float64 mask"
+    if call["alibi_slopes"] is not None and needs_grad(call["alibi_slopes"]):
+        return "the CUDA kernels of attention give alibi_slopes no gradient"
+    if widest > 128 and needs_grad(query, key, value, mask):
+        return f"the CUDA kernels of attention's gradients take rows of at most 128 numbers, and these have {widest}"
     if widest > 256:
         return f"the CUDA kernels of attention take rows of at most 256 numbers, and these have {widest}"
+    return cuda_refusal(query)
+
+
+def cuda_attention_decode(call: dict) -> str | None:
+    query, names = call["query"], ("key", "value", "key_cache", "value_cache", "alibi_slopes")
+    widest = max(query.shape[-1], call["value_cache"].shape[-1])
+    if needs_grad(query, *(call[name] for name in names)):
+        return "the CUDA kernel of attention_decode gives no gradients"
+    if widest > 256:
+        return f"the CUDA kernel of attention_decode takes rows of at most 256 numbers, and these have {widest}"
     return cuda_refusal(query)

@@ -76,7 +76,7 @@ def attention_decode(
             the values are not read.
         RuntimeError: ``impl`` names an implementation that can't serve this call; the message says why.
 
-    The native kernel gives no gradients and reads no float8: there torch or the reference computes.
+    No kernel gives gradients, and the native one reads no float8: there torch or the reference computes.
     """
     tensors = (
         query, key_cache, value_cache, kv_lengths, key, value, block_table, key_scales, value_scales, kv_starts,

@@ -84,6 +84,11 @@ def rotated(x: Tensor, starts: Tensor, cos: Tensor | None, sin: Tensor | None, i
     return out
 
 
+def as_numbers(x: Tensor) -> Tensor:
+    """Comparable: float8, which torch computes little with, in float32, and 7 for NaN."""
+    return (x.float() if x.dtype == torch.float8_e4m3fn else x).nan_to_num(7.0)
+
+
 def tables(positions: int, rotary_dim: int) -> dict:
     angles = torch.rand(positions, rotary_dim // 2) * 2 * math.pi
     return {"cos": angles.cos(), "sin": angles.sin()}
@@ -94,9 +99,10 @@ class Case:
 
     ROUNDED_QUERY = {torch.bfloat16: 5e-2}  # error of the lse where a rotated query is rounded before it is multiplied
 
-    def __init__(self, batch, kv_heads, group, new, capacity, dim, value_dim, dtype, *, int8=False, page=None,
-                 append=True, lengths=None, starts=None):  # fmt: skip
+    def __init__(self, batch, kv_heads, group, new, capacity, dim, value_dim, dtype, *, int8=False, float8=False,
+                 page=None, append=True, lengths=None, starts=None):  # fmt: skip
         self.dtype, self.new, self.append, self.page = dtype, new, append, page
+        self.largest = 448 if float8 else 127  # of a cache with scales
         self.query = torch.randn(batch, kv_heads * group, new, dim).to(dtype)
         most = capacity - new if append else capacity
         lengths = torch.randint(0, most + 1, (batch,)).tolist() if lengths is None else lengths
@@ -116,8 +122,10 @@ class Case:
         self.caches = []
         for name, columns in (("key", dim), ("value", value_dim)):
             dense = torch.randn(batch, kv_heads, capacity, columns)
-            if int8:
+            if int8 or float8:
                 dense = torch.randint(-127, 128, dense.shape, dtype=torch.int8)
+                if float8:  # any but its NaN, which is 127 and -1
+                    dense = dense.where(dense != -1, 0).clamp(max=126).view(torch.float8_e4m3fn)
                 scales = torch.where(seen[:, None], torch.rand(dense.shape[:3]) / 60, math.nan)
                 self.options[f"{name}_scales"] = self.to_pages(scales)
             else:
@@ -130,7 +138,7 @@ class Case:
         if self.table is None:
             return dense
         batch, count = self.table.shape
-        pool = torch.full((batch * count + 2, dense.shape[1], self.page, *dense.shape[3:]), 99, dtype=dense.dtype)
+        pool = torch.full((batch * count + 2, dense.shape[1], self.page, *dense.shape[3:]), 99).to(dense.dtype)
         if dense.is_floating_point():
             pool.fill_(math.nan)
         for b, i in itertools.product(range(batch), range(count)):
@@ -197,7 +205,7 @@ class Case:
                 kind = name.split("_")[0]
                 new = rotated(options[kind], self.offsets, *(rotary if kind == "key" else (None, None, False)))
                 stored = torch.stack([self.dense(after)[b, :, n : n + self.new] for b, n in enumerate(self.lengths)])
-                scales = F.pad(new.float(), (0, 1)).abs().amax(-1) / 127
+                scales = F.pad(new.float(), (0, 1)).abs().amax(-1) / self.largest
                 scales = scales.masked_fill(scales == 0, 1)
                 exact = rotary[0] is None or kind == "value"
                 if name.endswith("scales"):
@@ -207,12 +215,17 @@ class Case:
                     if exact:
                         assert torch.equal(stored, quotient.round().to(torch.int8))
                     assert (stored - quotient).abs().max() <= 0.501
+                elif before.dtype == torch.float8_e4m3fn:
+                    quotient = new.float() / scales[..., None]
+                    if exact:
+                        assert torch.equal(stored.float(), quotient.to(torch.float8_e4m3fn).float())
+                    torch.testing.assert_close(stored.float(), quotient, rtol=1 / 15, atol=1 / 1000)
                 else:
                     eps = torch.finfo(self.dtype).eps
                     tolerance = 0 if exact else 1e-6 if eps < 1e-6 else eps / 2 + 1e-5
                     torch.testing.assert_close(stored.double(), new, rtol=tolerance, atol=0 if exact else 1e-6)
                 self.write_dense(expected, stored)
-            assert torch.equal(expected.nan_to_num(7.0), after.nan_to_num(7.0))
+            assert torch.equal(as_numbers(expected), as_numbers(after))
 
     def write_dense(self, cache, new):
         for b, n in itertools.product(range(len(new)), range(self.new)):
@@ -504,6 +517,7 @@ def bad_calls():
         "key_cache": [
             {"key_cache": k[0]}, {"key_cache": k.half()}, {"key_cache": k[:1]}, {"key_cache": k[..., :7]},
             {"key_cache": k.double()},
+            int8 | {name: k.to(torch.float8_e4m3fn) for name in ("key_cache", "value_cache")},
         ],
         "value_cache": [
             {"value_cache": k[0]}, {"value_cache": k.half()}, {"value_cache": k[:1]}, {"value_cache": k[:, :1]},

@@ -16,9 +16,9 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 import cuda_static  # noqa: E402
 
-MOST_KERNELS = 72  # of one architecture: more would take long to compile, and to read
+MOST_KERNELS = 80  # of one architecture: more would take long to compile, and to read
 # Bytes of local memory: a few numbers more than the 255 registers hold, stored and read once in 256 products.
-SPILLING = {"attention_forward_kernel<BFloat16, 128>": 32, "attention_forward_kernel<Half, 128>": 32}
+SPILLING = {f"attention_forward_kernel<{dtype}, 128, false>": 32 for dtype in ("BFloat16", "Half")}
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +33,11 @@ def kernels() -> dict[str, dict[str, int]]:
 
 def faults(name: str, kernel: dict[str, int]):
     """What is wrong with a kernel whatever the budget says."""
-    attends = re.search(r"attention_(forward|decode)_kernel<(\w+)", name)
+    attends = re.search(r"attention_(forward|decode|query_gradient|key_gradient)_kernel<(\w+), .*?(\d+)", name)
     multiplies = attends or "conv_transpose_kernel" in name
     exact = attends[2] == "float" if attends else "(Products)2" in name  # float32, not as TF32
-    threads = 64 if attends and exact and "256>" in name else 256 if re.search("affine|rows", name) else 128
+    widest = "128" if attends and attends[1].endswith("gradient") else "256"
+    threads = 64 if attends and exact and attends[3] == widest else 256 if re.search("affine|rows", name) else 128
     if kernel["spills"] > max((allowed for part, allowed in SPILLING.items() if part in name), default=0):
         yield f"{kernel['spills']} bytes of local memory"
     if kernel["registers"] * threads > 65536:

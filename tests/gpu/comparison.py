@@ -33,7 +33,7 @@ def heads(batch, query_heads, kv_heads, rows, columns, dim, dtype) -> list[Tenso
 
 
 def decoding_step(
-    dtype, batch=8, query_heads=32, kv_heads=8, new=1, dim=128, capacity=2048, block=None, int8=False
+    dtype, batch=8, query_heads=32, kv_heads=8, new=1, dim=128, capacity=2048, block=None, int8=False, float8=False
 ) -> dict[str, Tensor]:
     """Tensors of ``attention_decode`` that appends. Rows differ in length, what no row holds is NaN, and the blocks of
     a paged cache are shuffled."""
@@ -47,13 +47,16 @@ def decoding_step(
     for name in ("key", "value"):
         cache = normal(batch, kv_heads, capacity, dim)
         scales = torch.rand(batch, kv_heads, capacity, device=DEVICE) / 30
-        cache = (cache * 40).round().clamp(-127, 127).to(torch.int8) if int8 else cache.to(dtype)
         hidden = unseen[:, None]
-        (scales if int8 else cache).masked_fill_(hidden if int8 else hidden[..., None], float("nan"))
+        if int8 or float8:
+            cache = (cache * 40).round().clamp(-127, 127).to(torch.int8 if int8 else torch.float8_e4m3fn)
+            scales.masked_fill_(hidden, float("nan"))
+        else:
+            cache = cache.to(dtype).masked_fill_(hidden[..., None], float("nan"))
         if block is not None:
             cache, scales = (_in_blocks(t, table, block) for t in (cache, scales))
         call[f"{name}_cache"] = cache
-        if int8:
+        if int8 or float8:
             call[f"{name}_scales"] = scales
         call[name] = normal(batch, kv_heads, new, dim, dtype=dtype)
     return call

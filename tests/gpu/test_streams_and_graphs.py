@@ -80,13 +80,14 @@ def test_again(op, impl):
         assert_same_bits(results(op, copied(call), impl), first)
 
 
-@pytest.mark.usefixtures("needs_triton")
 @pytest.mark.parametrize("op", [Attention(), ConvTranspose()], ids=["Attention", "ConvTranspose"])
-def test_gradients_again(op):
+def test_gradients_again(op, impl):
+    if impl == "cuda" and isinstance(op, ConvTranspose):
+        pytest.skip("the gradients of the CUDA kernel of transposed convolution are torch's")
     call = {name: t.requires_grad_() for name, t in op.make().items()}
     grads = []
     for _ in range(4):
-        out = op.run(call, "triton")
+        out = op.run(call, impl)
         grads.append(dict(zip(call, torch.autograd.grad(out, list(call.values()), torch.ones_like(out)), strict=True)))
     for others in grads[1:]:
         assert_same_bits(others, grads[0])

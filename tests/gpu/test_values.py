@@ -49,10 +49,32 @@ def test_attention_in_tf32(name, impl):
     assert error(attend(tensors, options, impl), exact) <= TF32
 
 
-@pytest.mark.usefixtures("needs_triton")
+def mask_like(tensors, learned: bool):
+    """Of every head, and a learned one, which hides nothing, of all rows of the batch."""
+    query, key, _ = tensors
+    scores = query.shape[1], query.shape[2], key.shape[2]
+    return normal(*scores) if learned else torch.rand(len(query), *scores, device=DEVICE) > 0.3
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("name", "dim"), [("full", 64), ("grouped, aligned at the end", 128), ("causal", 256)])
-def test_gradients_of_attention(name, dim, dtype):
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("learned", [False, True], ids=["bool", "float"])
+def test_masks(learned, dim, dtype, impl):
+    tensors = heads(2, 4, 2, 500, 777, dim, dtype)
+    mask = mask_like(tensors, learned)
+    mask = mask.to(dtype) if learned else mask  # torch takes no other float
+    exact = attend([t.double() for t in tensors], {"attn_mask": mask.double() if learned else mask}, "reference")
+    options = {"attn_mask": mask}
+    assert_as_exact(attend(tensors, options, impl), attend(tensors, options, "torch"), exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("name", "dim"), [("full", 64), ("grouped, aligned at the end", 128), ("window", 64), ("causal", 256)]
+)
+def test_gradients_of_attention(name, dim, dtype, impl):
+    if impl == "cuda" and dim > 128:
+        pytest.skip("the CUDA kernels of the gradients take at most 128 numbers")
     shape, options = ATTENTIONS[name]
     tensors = heads(*shape, dim, dtype)
     grad = normal(*tensors[0].shape, dtype=dtype)
@@ -61,9 +83,48 @@ def test_gradients_of_attention(name, dim, dtype):
         leaves = [t.to(dtype).requires_grad_() for t in tensors]
         return torch.autograd.grad(attend(leaves, options, impl), leaves, grad.to(dtype))
 
-    results = gradients("triton", dtype), gradients("torch", dtype), gradients("reference", torch.float64)
+    results = gradients(impl, dtype), gradients("torch", dtype), gradients("reference", torch.float64)
     for ours, theirs, exact in zip(*results, strict=True):
         # The sums over keys and queries pass through one more rounded product than those of the output.
+        assert_as_exact(ours, theirs, exact, roundings=1 if dtype != torch.float32 else 16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("learned", [False, True], ids=["bool", "float"])
+def test_gradients_with_mask_and_dropout(learned, dtype, impl):
+    """Against the reference, which drops the same weights: torch drops others."""
+    tensors = heads(2, 4, 2, 333, 500, 64, dtype)
+    tensors.append(mask_like(tensors, learned))
+    grad = normal(*tensors[0].shape, dtype=dtype)
+
+    def gradients(impl, dtype):
+        leaves = [t.to(dtype).requires_grad_() for t in tensors[:3]]
+        mask = tensors[3]
+        if learned:
+            mask = mask.to(torch.promote_types(mask.dtype, dtype)).requires_grad_()
+        torch.manual_seed(11)
+        out = attend(leaves, {"attn_mask": mask, "dropout_p": 0.2}, impl)
+        return torch.autograd.grad(out, [*leaves, mask] if learned else leaves, grad.to(dtype))
+
+    results = gradients(impl, dtype), gradients("reference", dtype), gradients("reference", torch.float64)
+    for ours, theirs, exact in zip(*results, strict=True):
+        roundings = 2 if dtype != torch.float32 else 32  # of dtype, in the gradient of a float32 mask too
+        assert_as_exact(ours, theirs, exact, roundings * torch.finfo(dtype).eps / torch.finfo(ours.dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_of_packed_sequences(dtype, impl):
+    starts = torch.tensor([0, 300, 300, 900, 1000], device=DEVICE)
+    tensors = [normal(1000, count, 64, dtype=dtype) for count in (8, 2, 2)]
+    grad = normal(1000, 8, 64, dtype=dtype)
+
+    def gradients(impl, dtype):
+        leaves = [t.to(dtype).requires_grad_() for t in tensors]
+        out = gpt4fast.attention_varlen(*leaves, starts, starts, 600, 600, is_causal=True, impl=impl)
+        return torch.autograd.grad(out, leaves, grad.to(dtype))
+
+    results = gradients(impl, dtype), gradients("torch", dtype), gradients("reference", torch.float64)
+    for ours, theirs, exact in zip(*results, strict=True):
         assert_as_exact(ours, theirs, exact, roundings=1 if dtype != torch.float32 else 16)
 
 
@@ -76,12 +137,15 @@ CACHES = {
     "paged": {"block": 16},
     "int8": {"int8": True},
     "int8, paged": {"int8": True, "block": 64},
+    "float8": {"float8": True},
+    "float8, paged": {"float8": True, "block": 16},
 }
 
 
 def decode(call, impl, dtype, **options):
     """Output, and the caches that were written to, in ``dtype`` where they were floating point."""
-    call = {name: t.to(dtype) if t.is_floating_point() and "scales" not in name else t for name, t in call.items()}
+    rounded = torch.float32, torch.float16, torch.bfloat16
+    call = {name: t.to(dtype) if t.dtype in rounded and "scales" not in name else t for name, t in call.items()}
     call = {name: t.clone() for name, t in call.items()}
     out = gpt4fast.attention_decode(**call, **options, impl=impl)
     return out, {name: t for name, t in call.items() if name.endswith(("cache", "scales"))}
@@ -102,6 +166,8 @@ def test_decoding(name, rotates, dtype, impl):
     for kind, cache in caches.items():
         if cache.dtype == torch.int8:  # a rotation rounded otherwise may end in the next integer
             assert (cache.int() - expected[kind].int()).abs().max() <= 1
+        elif cache.dtype == torch.float8_e4m3fn:
+            torch.testing.assert_close(cache.float(), expected[kind].float(), rtol=1 / 8, atol=1 / 512)
         else:
             torch.testing.assert_close(cache, expected[kind], equal_nan=True)
 

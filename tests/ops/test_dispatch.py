@@ -142,12 +142,16 @@ def test_cuda_kernels_refuse_what_they_cannot_serve():
     wide = torch.randn(1, 1, 1, 257), *torch.randn(2, 1, 1, 4, 257), torch.tensor([2])
     with pytest.raises(RuntimeError, match="257"):
         gpt4fast.attention_decode(*wide, impl="cuda")
-    scales = torch.ones(2, 2, 10)
-    float8 = [cache.to(torch.float8_e4m3fn) for cache in caches[:2]]
-    with pytest.raises(RuntimeError, match="float8"):
-        gpt4fast.attention_decode(query, *float8, caches[2], key_scales=scales, value_scales=scales, impl="cuda")
-    with pytest.raises(RuntimeError, match="no mask"):
-        gpt4fast.attention(*qkv(), attn_mask=torch.zeros(3, 3), impl="cuda")
+    with pytest.raises(RuntimeError, match="float64 mask"):
+        gpt4fast.attention(*qkv(), attn_mask=torch.zeros(3, 3, dtype=torch.float64), impl="cuda")
+    with pytest.raises(RuntimeError, match="alibi_slopes no gradient"):
+        gpt4fast.attention(*qkv(), alibi_slopes=torch.ones(2, requires_grad=True), impl="cuda")
+    trained = torch.randn(1, 1, 4, 136, requires_grad=True)
+    with pytest.raises(RuntimeError, match="at most 128 numbers, and these have 136"):
+        gpt4fast.attention(trained, trained, trained, impl="cuda")
+    for options in ({"attn_mask": torch.zeros(3, 3)}, {"dropout_p": 0.5}):  # nothing is in the way but the machine
+        with pytest.raises(RuntimeError, match="CUDA"):
+            gpt4fast.attention(*(t.requires_grad_() for t in qkv()), **options, impl="cuda")
     with pytest.raises(RuntimeError, match="CUDA"):
         gpt4fast.attention_decode(query, *caches, impl="cuda")
     with pytest.raises(RuntimeError, match="CUDA"):
@@ -195,7 +199,16 @@ def test_what_auto_prefers_on_a_gpu():
     assert attention()[0] == "torch" and attention(is_causal=False, query_offset=3)[0] == "torch"
     for options in ({"window": (3, 0)}, {"kv_lengths": lengths}, {"softcap": 2.0}, {"query_offset": 3}):
         assert attention(**options) == ("cuda", "triton", "torch", "reference")
-    assert preferences.packed_or_cached_attention({"query": query})[0] == "cuda"
+    trained, mask = query.clone().requires_grad_(), torch.empty(40, 40, device="meta", dtype=torch.bool)
+    for options in ({"attn_mask": mask}, {"dropout_p": 0.1, "window": (3, 0)}):  # in which cuda was not measured
+        assert attention(**options) == ("triton", "torch", "cuda", "reference")
+    packed = {"query": query, "key": keys, "value": keys, "dropout_p": 0.0}
+    cached = {"query": query, "key": None, "value": None, "key_cache": keys}
+    for call in (packed, cached):
+        assert preferences.packed_or_cached_attention(call) == ("cuda", "triton", "torch", "reference")
+    assert preferences.packed_or_cached_attention(packed | {"query": trained})[:2] == ("triton", "torch")
+    float8 = cached | {"key_cache": keys.to(torch.float8_e4m3fn)}
+    assert preferences.packed_or_cached_attention(float8)[:2] == ("triton", "cuda")
 
     def convolution(outputs=128, groups=1, dtype=torch.bfloat16, **options):
         input = torch.empty(2, 128, 8, 8, device="meta", dtype=dtype)

@@ -20,18 +20,19 @@ def _cuda_ops(cuda_ops, monkeypatch):
     monkeypatch.setattr(torch.ops, "gpt4fast", cuda_ops)
 
 
+STORED = {"": {}, "int8": {"int8": True}, "float8": {"float8": True}}
 FORMS = {"contiguous": {}, "pages of 16": {"page": 16}, "pages of 3": {"page": 3}}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("int8", [False, True], ids=["", "int8"])
+@pytest.mark.parametrize("stored", STORED)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("append", [True, False], ids=["append", "given"])
-def test_matches_float64(dtype, int8, form, append):
+def test_matches_float64(dtype, stored, form, append):
     # (B, Hk, group, Lq, capacity, D, Dv): copies of 16 bytes and single numbers, tails of rows, tiles and parts.
     for shape in [(2, 1, 1, 1, 150, 64, 64), (1, 1, 3, 7, 90, 40, 24), (1, 2, 2, 1, 20, 33, 1)]:
         lengths = None if append else torch.randint(shape[3], shape[4] + 1, shape[:1]).tolist()
-        case = Case(*shape, dtype, int8=int8, append=append, lengths=lengths, **FORMS[form])
+        case = Case(*shape, dtype, append=append, lengths=lengths, **STORED[stored], **FORMS[form])
         case.check()
         case.check(scale=0.3, **tables(shape[4], shape[5] // 2 * 2))
 
@@ -47,18 +48,49 @@ def test_rules(rule, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("int8", [False, True], ids=["", "int8"])
-def test_every_width(dtype, int8):
+@pytest.mark.parametrize("stored", STORED)
+def test_every_width(dtype, stored):
     for dim, value_dim in ((128, 64), (72, 128), (256, 40), (200, 256)):
-        Case(1, 1, 2, 1, 50, dim, value_dim, dtype, int8=int8, lengths=[37]).check()
+        Case(1, 1, 2, 1, 50, dim, value_dim, dtype, lengths=[37], **STORED[stored]).check()
 
 
 @pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
 @pytest.mark.parametrize("rotary_dim", [6, 34, 70])
 def test_rotary(interleaved, rotary_dim):
-    for int8 in (False, True):
-        case = Case(3, 1, 2, 2, 30, 70, 16, torch.float16, int8=int8, lengths=[0, 11, 28])
+    for stored in STORED.values():
+        case = Case(3, 1, 2, 2, 30, 70, 16, torch.float16, lengths=[0, 11, 28], **stored)
         case.check(rotary_interleaved=interleaved, **tables(30, rotary_dim))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_number_of_float8(dtype):
+    """Each of the 256 is read as torch reads it, and each of those between them is rounded as torch rounds it."""
+    numbers = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    numbers = numbers[~numbers.float().isnan()]
+    cache = torch.zeros(1, 1, 256, 16, dtype=torch.float8_e4m3fn)
+    cache[0, 0, : len(numbers), 0] = numbers
+    scales = torch.ones(1, 1, 256)
+    for i in range(0, len(numbers), 23):  # each query row sees one key, so that its value is the result
+        call = torch.zeros(1, 1, 1, 16, dtype=dtype), cache.clone(), cache, torch.tensor([i + 1])
+        out, _ = cpu.decode(*call, key_scales=scales, value_scales=scales, kv_starts=torch.tensor([i]))
+        assert out[0, 0, 0, 0].item() == numbers[i].item()
+    cache[0, 0, 0, 0] = math.nan
+    call = torch.zeros(1, 1, 1, 16, dtype=dtype), cache.clone(), cache, torch.tensor([1])
+    assert cpu.decode(*call, key_scales=scales, value_scales=scales)[0][0, 0, 0, 0].isnan()
+
+    halves = torch.cat([(numbers.float()[:-1] + numbers.float()[1:]) / 2, torch.tensor([448.0])])  # ties, too
+    new = torch.cat([halves, halves.nextafter(torch.tensor(1e3)), halves.nextafter(torch.tensor(-1e3))])
+    new = new[new.abs() <= 448].to(dtype)
+    new = torch.cat([new, new.new_full((-len(new) % 15,), 0)]).view(1, 1, -1, 15)
+    new = torch.cat([new, new.new_full((*new.shape[:3], 1), 448)], -1)  # the scale is 1
+    caches = torch.zeros(2, *new.shape).to(torch.float8_e4m3fn)
+    scales = torch.zeros(2, *new.shape[:3])
+    cpu.decode(
+        new, *caches, torch.tensor([0]), key=new, value=-new, key_scales=scales[0], value_scales=scales[1]
+    )  # fmt: skip
+    assert scales.eq(1).all()
+    assert torch.equal(caches[0].float(), new.to(torch.float8_e4m3fn).float())
+    assert torch.equal(caches[1].float(), -caches[0].float())
 
 
 def test_parts_are_combined():

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from .. import test_attention_backward as backward
 from ..test_attention_forward import DTYPES, OPTION_NAMES, assert_close, attend, definition, make_inputs, options_named
 
 
@@ -20,7 +21,7 @@ SHAPES = [(2, 2, 1, 33, 65, 40, 24), (1, 2, 2, 70, 150, 16, 16), (1, 2, 1, 5, 3,
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", [name for name in OPTION_NAMES if "mask" not in name and name != "all"])
+@pytest.mark.parametrize("name", OPTION_NAMES)
 def test_matches_float64(name, dtype):
     for shape in SHAPES:
         batch, heads, _, queries, keys, _, _ = shape
@@ -28,9 +29,26 @@ def test_matches_float64(name, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", [name for name in backward.OPTION_NAMES if "dropout" in name])
+def test_dropout(name, dtype):
+    """The weights that the definition drops, and no others."""
+    for shape in [*SHAPES, (1, 1, 1, 20, 140, 128, 16), (1, 1, 1, 20, 140, 200, 16)]:
+        batch, heads, _, queries, keys, _, _ = shape
+        inputs = make_inputs(*shape, dtype)
+        options = backward.options_named(name, batch, heads, queries, keys)
+        out, lse = attend(*inputs, **options)
+        expected, expected_lse, _ = backward.definition(*(x.double() for x in inputs), **options)
+        tolerance = 4 * torch.finfo(dtype).eps
+        torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_every_width(dtype):
     for dim, value_dim in ((64, 64), (128, 72), (256, 200)):
+        mask = torch.rand(1, 1, 70, 90) > 0.3
         assert_close(*make_inputs(1, 1, 1, 70, 90, dim, value_dim, dtype), is_causal=True, query_offset=20)
+        assert_close(*make_inputs(1, 1, 1, 70, 90, dim, value_dim, dtype), mask)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -75,12 +93,36 @@ def test_keys_that_no_query_sees_do_not_matter():
     assert all(map(torch.equal, attend(query, key, value, **options), expected))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("is_float", [False, True], ids=["bool", "float"])
+def test_keys_that_a_mask_hides_do_not_matter(is_float, dtype):
+    """Also where others of their tile are seen."""
+    query, key, value = make_inputs(2, 2, 1, 70, 90, 16, 16, dtype)
+    mask = torch.rand(2, 1, 1, 90) > 0.4
+    hidden = ~mask.mT
+    mask = torch.where(mask, 0.3, -math.inf) if is_float else mask
+    expected = attend(query, key, value, mask)
+    for bad in (math.nan, math.inf):
+        got = attend(query, key.masked_fill(hidden, bad), value.masked_fill(hidden, bad), mask)
+        assert all(map(torch.equal, got, expected))
+
+
+def test_masks_of_the_lowest_numbers_hide_nothing():
+    """Models mask with float32's lowest: a row that has only those sees all, equally."""
+    query, key, value = make_inputs(1, 1, 1, 5, 20, 16, 16)
+    mask = torch.full((1, 1, 5, 20), torch.finfo(torch.float32).min)
+    out, _ = attend(query, key, value, mask)
+    torch.testing.assert_close(out, value.mean(2, keepdim=True).expand_as(out))
+
+
 def test_sizes_of_zero_and_bad_arguments():
     query, key, value = make_inputs(1, 2, 1, 3, 0, 8, 8)
     out, lse = attend(query, key, value)
     assert out.eq(0).all() and lse.eq(-math.inf).all()
     assert attend(query[:0], key[:0], value[:0])[0].shape == (0, 2, 3, 8)
     with pytest.raises(RuntimeError, match="attn_mask"):
-        attend(query, key, value, mask=torch.ones(1, 2, 3, 0, dtype=torch.bool))
+        attend(query, key, value, mask=torch.ones(1, 2, 4, 0, dtype=torch.bool))
+    with pytest.raises(RuntimeError, match="dropout_seed"):
+        attend(query, key, value, dropout_p=0.5)
     with pytest.raises(RuntimeError, match="at most 256"):
         attend(*make_inputs(1, 1, 1, 3, 3, 260, 8))

@@ -6,28 +6,32 @@ an index one off, another lane, a predicate that is wider.
 
 from __future__ import annotations
 
+import math
 import shutil
 
 import pytest
 import torch
 
+from .. import test_attention_backward as backward
 from ..test_affine_activation import check as check_affine
 from ..test_affine_activation import parameters
 from ..test_attention_decode import tables
-from ..test_attention_forward import assert_close, make_inputs
+from ..test_attention_forward import assert_close, attend, make_inputs
 from . import test_conv_transpose as convolution
 from .build import ROOT, build
 from .test_attention_decode import Case
 
 DECODE, CONVOLUTION, AFFINE = "attention_decode.cu", "conv_transpose.cu", "affine_activation.cu"
-ATTENTION = "attention_forward.cu"
+ATTENTION, BACKWARD = "attention_forward.cu", "attention_backward.cu"
+TILES, WEIGHTS, SCORES = (f"attention_{name}.cuh" for name in ("tiles", "weights", "backward_scores"))
+OF_QUERIES, OF_KEYS = "attention_query_gradient.cuh", "attention_key_gradient.cuh"
 BARRIER, WARP_BARRIER = "__syncthreads();", "__syncwarp();"
 
 # (source of the operator, file, what stands there, what is planted)
 FAULTS = {
     "decode: tile not waited for": (DECODE, DECODE, "wait_for_copies<kTiles - 2>", "wait_for_copies<kTiles - 1>"),
     "decode: no barrier before a tile is read": (DECODE, DECODE, WARP_BARRIER + "  // every", "// every"),
-    "decode: no barrier after conversion": (DECODE, DECODE, f"warp]);\n      {WARP_BARRIER}", "warp]);"),
+    "decode: no barrier after conversion": (DECODE, DECODE, f"cache_dtype);\n      {WARP_BARRIER}", "cache_dtype);"),
     "decode: no barrier after the query": (DECODE, DECODE, f"  {BARRIER}\n\n  const Row rows", "\n  const Row rows"),
     "decode: no barrier before the sums": (
         DECODE,
@@ -54,6 +58,8 @@ FAULTS = {
         "token < p.query_length",
         "token + 1 < p.query_length",
     ),
+    "decode: a number of float8": (DECODE, "attention_products.cuh", "(wide & 0x7Fu) << 20", "(wide & 0x3Fu) << 20"),
+    "decode: the largest of float8": (DECODE, "attention_decode_cache.cuh", "127.0f : 448.0f", "127.0f : 480.0f"),
     "attention: tile not waited for": (
         ATTENTION,
         ATTENTION,
@@ -69,12 +75,17 @@ FAULTS = {
     ),
     "attention: no barrier after the result": (
         ATTENTION,
-        ATTENTION,
-        f"  {WARP_BARRIER}\n  const int first_warp_row",
-        "  const int first_warp_row",
+        TILES,
+        f"  {WARP_BARRIER}\n  if (is_wide) {{",
+        "  if (is_wide) {",
     ),
-    "attention: a future key is seen": (ATTENTION, ATTENTION, "query + offset + 1);", "query + offset + 2);"),
-    "attention: the next sequence's query": (ATTENTION, ATTENTION, "to = end - first;", "to = end - first + 1;"),
+    "attention: a future key is seen": (
+        ATTENTION,
+        TILES,
+        "query + offset + 1) : length",
+        "query + offset + 2) : length",
+    ),
+    "attention: the next sequence's query": (ATTENTION, TILES, "to = end - first;", "to = end - first + 1;"),
     "attention: a row too many": (
         ATTENTION,
         ATTENTION,
@@ -84,16 +95,88 @@ FAULTS = {
     "attention: keys of a tile that not all queries see": (
         ATTENTION,
         ATTENTION,
-        "wholes = as_key(upper(first_query)) / kKeys",
-        "wholes = as_key(upper(last_query)) / kKeys",
+        "wholes = as_key(positions.upper(first_query)) / kKeys",
+        "wholes = as_key(positions.upper(last_query)) / kKeys",
     ),
     "attention: keys before the first of a tile": (
         ATTENTION,
         ATTENTION,
-        "first_whole = (as_key(lower(last_query)) + kKeys - 1)",
-        "first_whole = (as_key(lower(first_query)) + kKeys - 1)",
+        "first_whole = (as_key(positions.lower(last_query)) + kKeys - 1)",
+        "first_whole = (as_key(positions.lower(first_query)) + kKeys - 1)",
     ),
     "attention: lane of a key": (ATTENTION, "attention_products.cuh", "lane / 8 % 2 * 8", "lane / 16 * 8"),
+    "attention: mask of a row too many": (ATTENTION, ATTENTION, "!kAlters || row < query_length ?", "true ?"),
+    "attention: mask transposed": (ATTENTION, WEIGHTS, "query * row_stride + key * stride", "key * row_stride + query"),
+    "attention: hidden values are multiplied": (
+        ATTENTION,
+        WEIGHTS,
+        "if (!(seen >> (key / 8",
+        "if (false && !(seen >> (key / 8",
+    ),
+    "attention: no barrier after hidden values": (
+        ATTENTION,
+        ATTENTION,
+        f"      {BARRIER}\n    }}\n    add_values",
+        "    }\n    add_values",
+    ),
+    "attention: a word of another key": (ATTENTION, WEIGHTS, "key % 64 / 16;", "key % 32 / 16;"),
+    "attention: the weight beside is dropped": (ATTENTION, WEIGHTS, "2 * (n + k) + j);", "2 * (n + k) + 1 - j);"),
+    "gradient of queries: tile not waited for": (
+        BACKWARD,
+        OF_QUERIES,
+        f"wait_for_copies<0>();\n    {BARRIER}",
+        f"wait_for_copies<1>();\n    {BARRIER}",
+    ),
+    "gradient of queries: no barrier in the loop": (BACKWARD, OF_QUERIES, BARRIER + "  // everyone's", "// everyone's"),
+    "gradient of queries: no barrier after the output": (BACKWARD, OF_QUERIES, BARRIER + "  // everyone is", "// is"),
+    "gradient of queries: keys of a tile that not all queries see": (
+        BACKWARD,
+        OF_QUERIES,
+        "wholes = as_key(positions.upper(first_query)) / kKeys",
+        "wholes = as_key(positions.upper(last_query)) / kKeys",
+    ),
+    "gradient of queries: sign of lse's gradient": (BACKWARD, OF_QUERIES, "delta -= p.grad_lse", "delta += p.grad_lse"),
+    "gradient of queries: hidden keys are multiplied": (
+        BACKWARD,
+        OF_QUERIES,
+        "seen.template clear_others<kKeys>(key_tile);",
+        "",
+    ),
+    "gradient of queries: place in the mask's gradient": (
+        BACKWARD,
+        OF_QUERIES,
+        "* p.kv_length + key : nullptr",
+        "* p.kv_length + key + 1 : nullptr",
+    ),
+    "gradients: slope of the soft cap": (BACKWARD, SCORES, "1.0f - capped * capped", "1.0f - capped"),
+    "gradients: dropped weights": (BACKWARD, SCORES, "is_kept ? grad * share : 0.0f", "grad * p.dropout.scale"),
+    "gradient of keys: tile not waited for": (
+        BACKWARD,
+        OF_KEYS,
+        f"wait_for_copies<0>();\n    {BARRIER}",
+        f"wait_for_copies<1>();\n    {BARRIER}",
+    ),
+    "gradient of keys: no barrier in the loop": (BACKWARD, OF_KEYS, BARRIER + "  // everyone's", "// everyone's"),
+    "gradient of keys: a query too few": (
+        BACKWARD,
+        TILES,
+        "key - offset + p.window_left + 1);",
+        "key - offset + p.window_left);",
+    ),
+    "gradient of keys: queries of a tile that do not see all keys": (
+        BACKWARD,
+        OF_KEYS,
+        "positions.first(first_key + kKeys - 1)",
+        "positions.first(first_key)",
+    ),
+    "gradient of keys: the first head alone": (BACKWARD, OF_KEYS, "kv_head * group + step / count", "kv_head * group"),
+    "gradient of keys: a query that sees nothing": (
+        BACKWARD,
+        OF_KEYS,
+        "shared.lse[slot][row] == -kInfinity &&",
+        "false &&",
+    ),
+    "gradient of keys: the word of a query": (BACKWARD, OF_KEYS, "word_of(words, row)", "word_of(words, query)"),
     "convolution: slice not waited for": (
         CONVOLUTION,
         CONVOLUTION,
@@ -161,6 +244,7 @@ def decode_battery(ops) -> None:
     Case(1, 1, 3, 7, 90, 40, 24, torch.float16, page=16, lengths=[70]).check(**tables(90, 40))
     Case(1, 1, 2, 1, 600, 64, 64, torch.bfloat16, lengths=[599]).check()
     Case(2, 1, 2, 1, 300, 40, 16, torch.float32, int8=True, lengths=[255, 7]).check()
+    Case(1, 1, 2, 2, 40, 16, 16, torch.float16, float8=True, lengths=[30]).check()
 
 
 def attention_battery(ops) -> None:
@@ -171,6 +255,34 @@ def attention_battery(ops) -> None:
     assert_close(
         *make_inputs(1, 1, 1, 70, 200, 16, 16, torch.float16), is_causal=True, window_left=80, query_offset=130
     )
+    mask = torch.rand(1, 2, 33, 65) > 0.4
+    mask[..., 20:40] = False
+    query, key, value = make_inputs(1, 2, 1, 33, 65, 16, 16, torch.float16)
+    assert_close(query, key, value, mask)
+    expected = attend(query, key, value, mask, **DROPS)
+    exact, *_ = backward.definition(*(x.double() for x in (query, key, value)), mask, **DROPS)
+    torch.testing.assert_close(expected[0].double(), exact, rtol=4e-3, atol=4e-3)
+    value[:, :, 20:40] = math.nan
+    assert all(map(torch.equal, attend(query, key, value, mask, **DROPS), expected))
+
+
+DROPS = {"dropout_p": 0.4, "dropout_seed": torch.tensor([2**62 + 5])}
+
+
+def backward_battery(ops) -> None:
+    inputs = backward.make_inputs(1, 4, 2, 70, 150, 16, 16, torch.float16)
+    backward.assert_close(inputs, is_causal=True, query_offset=60, window_left=50, grad_lse=torch.randn(1, 4, 70))
+    mask = torch.randn(1, 4, 70, 150)
+    backward.assert_close(inputs, mask=mask, softcap=1.5, **DROPS)
+    backward.assert_close(backward.make_inputs(1, 2, 1, 40, 20, 7, 9), is_causal=True)
+    hidden = torch.arange(150) % 2 == 0
+    mask.masked_fill_(hidden, -math.inf)[:, :, 30] = -math.inf
+    query, key, value, grad_out = (x.clone() for x in inputs)
+    out, lse = attend(query, key, value, mask)
+    expected = backward.gradients(query, key, value, grad_out, mask=mask, saved=(out, lse))
+    query[:, :, 30] = grad_out[:, :, 30] = out[:, :, 30] = key[:, :, hidden] = value[:, :, hidden] = math.nan
+    got = backward.gradients(query, key, value, grad_out, mask=mask, saved=(out, lse))
+    assert all(map(torch.equal, got, expected))
 
 
 def convolution_battery(ops) -> None:
@@ -190,6 +302,7 @@ def affine_battery(ops) -> None:
 BATTERIES = {
     DECODE: decode_battery,
     ATTENTION: attention_battery,
+    BACKWARD: backward_battery,
     CONVOLUTION: convolution_battery,
     AFFINE: affine_battery,
 }
