@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import native
 from .autograd import needs_grad
-from .compiled import conv_transpose as compiled_conv_transpose
+from .compiled import conv_transpose_gradients
 from .compiled import convolution as compiled_convolution
 from .reference.conv_transpose import memory_format
 from .refusals import native_refusal
@@ -74,7 +74,7 @@ def conv_transpose(call: dict) -> tuple[str, ...]:
         return ("torch",)
     if needs_grad(input, weight, call["bias"], call["scale"], call["shift"]):
         wins = channels >= 16 and input.numel() * weight[0].numel() >= FEWEST_PRODUCTS_OF_TRAINING  # 1.1 to 1.9 above
-        crashes = compiled_conv_transpose.torch_crashes(input, weight, call["padding"], call["dilation"])
+        crashes = conv_transpose_gradients.torch_crashes(input, weight, call["padding"], call["dilation"])
         return ("native", "torch") if wins or crashes else ("torch",)
     pixels = input.shape[0] * input.shape[2:].numel()
     channels_last = memory_format(input, weight) != torch.contiguous_format

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..reference.conv_transpose import memory_format, output_sizes
-from .conv_transpose import gradients, winograd_wins
+from .conv_transpose import winograd_wins
+from .conv_transpose_gradients import gradients
 
 FUNCTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
