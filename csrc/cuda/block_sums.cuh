@@ -72,6 +72,7 @@ __global__ void __launch_bounds__(kThreads) merge_statistics_kernel(const MergeL
   Shared& shared = shared_memory<Shared>();
   const int64_t channel = blockIdx.x, each = p.channels * p.number;
   Statistics all{};
+#pragma unroll 1  // more divisions at once than that spill a register
   for (int64_t part = threadIdx.x; part < p.number; part += kThreads) {
     const float* numbers = p.parts + channel * p.number + part;
     all = merge(all, {numbers[0], numbers[each], numbers[2 * each]});

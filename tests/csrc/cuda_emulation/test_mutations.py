@@ -189,14 +189,14 @@ FAULTS = {
     "convolution: lane of a matrix": (
         CONVOLUTION,
         "conv_transpose_products.cuh",
-        "lane / 8 % 2 * 16",
-        "lane / 16 * 16",
+        "lane / 8 % 2 * 16;\n    const auto load",
+        "lane / 16 * 16;\n    const auto load",
     ),
     "convolution: a channel too many of a weight as it is": (
         CONVOLUTION,
         KERNEL,
-        "column < columns);",
-        "column <= columns);",
+        "output < columns);",
+        "output <= columns);",
     ),
     "convolution: lane of a weight as it is": (
         CONVOLUTION,
