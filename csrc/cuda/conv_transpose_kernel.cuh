@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(Tile::kThreads) conv_transpose_kernel(const Co
   const int columns = outputs - first_channel;
   const int64_t part = int64_t{block} * p.pixel_tiles + pixel_tile;  // of all phases
   if (thread == 0) {
-    shared.part = part;
+    shared.part = part;  // for which the main loop has no registers left
   }
   const auto keep_statistics = [&](const Statistics& of_channel, int64_t part) {
     if (thread < min(columns, kChannels)) {
@@ -238,15 +238,15 @@ __global__ void __launch_bounds__(Tile::kThreads) conv_transpose_kernel(const Co
     };
     int row = thread / kChannels;
     float count = 0.0f;
-    DifferenceSums sums{};
+    DifferenceSums differences{};
     if (channel < columns) {
-      sums.first = number(row);
+      differences.first = number(row);
       for (; row < kPixels && shared.target[row] >= 0; row += Tile::kThreads / kChannels) {
-        sums.add(number(row));
+        differences.add(number(row));
         count += 1.0f;
       }
     }
-    const Statistics mine = sums.statistics(count);
+    const Statistics mine = differences.statistics(count);
     keep_statistics(merge_threads(shared.shares, mine, kChannels,
                                   [](const Statistics& a, const Statistics& b) { return merge(a, b); }),
                     shared.part);
