@@ -27,7 +27,12 @@ STABLE_TORCH_LIBRARY(gpt4fast, m) {
   m.def(
       "conv_transpose_backward(Tensor grad_out, Tensor input, Tensor weight, int[] stride, int[] padding, "
       "int[] output_padding, int groups, int[] dilation, bool channels_last, bool needs_input_grad, "
-      "bool needs_weight_grad, bool winograd=False) -> (Tensor grad_input, Tensor grad_weight)");
+      "bool needs_weight_grad, bool winograd=False, bool tf32=False) -> (Tensor grad_input, Tensor grad_weight)");
+  // What a batch norm behind it needs of its output: mean, 1 / sqrt(variance + eps) and the biased variance.
+  m.def(
+      "conv_transpose_with_statistics(Tensor input, Tensor weight, Tensor? bias, int[] stride, int[] padding, "
+      "int[] output_padding, int groups, int[] dilation, bool channels_last, float eps, bool tf32) -> "
+      "(Tensor out, Tensor mean, Tensor rstd, Tensor variance)");
   m.def("conv_transpose_pack(Tensor weight, int groups, bool winograd=False) -> Tensor");
   m.def(
       "affine_activation(Tensor input, Tensor? bias, Tensor? scale, Tensor? shift, str activation, "
@@ -35,6 +40,10 @@ STABLE_TORCH_LIBRARY(gpt4fast, m) {
   m.def(
       "batch_norm_activation(Tensor input, Tensor weight, Tensor bias, float eps, str activation, "
       "float negative_slope) -> (Tensor out, Tensor mean, Tensor rstd, Tensor variance)");
+  m.def("batch_statistics(Tensor input, float eps) -> (Tensor mean, Tensor rstd, Tensor variance)");
+  m.def(
+      "batch_norm_apply(Tensor input, Tensor mean, Tensor rstd, Tensor weight, Tensor bias, str activation, "
+      "float negative_slope) -> Tensor");
   m.def(
       "batch_norm_activation_backward(Tensor grad_out, Tensor input, Tensor weight, Tensor bias, Tensor mean, "
       "Tensor rstd, str activation, float negative_slope) -> (Tensor grad_input, Tensor grad_weight, "

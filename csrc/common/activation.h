@@ -30,6 +30,30 @@ GPT4FAST_HOST_DEVICE float activate(float x, float negative_slope) {
   }
 }
 
+// `grad` times the derivative of `activate` at x; at a kink torch's choice, the left one.
+template <Activation kActivation>
+GPT4FAST_HOST_DEVICE float activation_gradient(float grad, float x, float negative_slope) {
+  if constexpr (kActivation == Activation::relu) {
+    return x <= 0.0f ? 0.0f : grad;
+  } else if constexpr (kActivation == Activation::leaky_relu) {
+    return x > 0.0f ? grad : grad * negative_slope;
+  } else if constexpr (kActivation == Activation::tanh) {
+    const float y = ::tanhf(x);
+    return grad * (1.0f - y * y);
+  } else if constexpr (kActivation == Activation::sigmoid) {
+    const float y = 1.0f / (1.0f + ::expf(-x));
+    return grad * y * (1.0f - y);
+  } else if constexpr (kActivation == Activation::gelu) {
+    constexpr float kSqrtHalf = 0.70710678118654752440f, kDensity = 0.39894228040143267794f;
+    return grad * (0.5f * (1.0f + ::erff(x * kSqrtHalf)) + x * kDensity * ::expf(-0.5f * x * x));
+  } else if constexpr (kActivation == Activation::silu) {
+    const float y = 1.0f / (1.0f + ::expf(-x));
+    return grad * y * (1.0f + x * (1.0f - y));
+  } else {
+    return grad;
+  }
+}
+
 inline Activation parse_activation(const std::string& name) {
   constexpr const char* kNames[] = {"none", "relu", "leaky_relu", "tanh", "sigmoid", "gelu", "silu"};
   for (int index = 0; index < 7; ++index) {

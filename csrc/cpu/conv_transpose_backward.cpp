@@ -76,7 +76,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_out, const Tensor& input,
                                     const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
                                     const std::vector<int64_t>& output_padding, int64_t groups,
                                     const std::vector<int64_t>& dilation, bool channels_last, bool needs_input_grad,
-                                    bool needs_weight_grad, bool winograd) {
+                                    bool needs_weight_grad, bool winograd, bool /*tf32, a GPU's*/) {
   ConvTransposeParams p{};
   CHECK_CPU(input);
   CHECK_CPU(weight);

@@ -1,7 +1,10 @@
+// The epilogue of a convolution of torch's, and the pass of a batch norm that normalises: one read, one write.
 #include "affine_activation.h"
 
 #include <torch/csrc/stable/library.h>
 
+#include "common/strings.h"
+#include "cuda/channels.cuh"
 #include "cuda/launch.h"
 
 namespace gpt4fast {
@@ -9,104 +12,80 @@ namespace {
 
 using torch::stable::Tensor;
 
-constexpr int kBlockSize = 256;
-
-// 16 bytes, the widest single load or store.
-template <typename scalar_t>
-struct alignas(16) Vector {
-  static constexpr int kSize = 16 / sizeof(scalar_t);
-  scalar_t elements[kSize];
+// y = activation(scale * rstd * (x + bias - mean) + shift).
+struct AffineActivationLaunch : AffineActivationParams {
+  const float *mean, *rstd;  // (channels,), or null
+  Activation activation;
 };
 
-__device__ __forceinline__ float parameter(const float* values, int64_t channel, float absent) {
-  return values ? values[channel] : absent;
-}
+struct Affine {
+  float offset, factor, shift;
+};
 
-// Each thread transforms one 16-byte vector. Memory is the limit, so the channel is found with one division per vector
-// and then counted forwards; 64-bit division is several times dearer and only taken where the indices need it.
-template <typename scalar_t, Activation kActivation>
-__global__ void __launch_bounds__(kBlockSize) affine_activation_kernel(const AffineActivationParams params) {
+// Memory is the limit, so that one kernel serves every activation: the branch is the same for all threads.
+template <typename scalar_t>
+__global__ void __launch_bounds__(kVectorThreads) affine_activation_kernel(const AffineActivationLaunch params) {
   constexpr int kSize = Vector<scalar_t>::kSize;
-  const int64_t begin = (static_cast<int64_t>(blockIdx.x) * kBlockSize + threadIdx.x) * kSize;
+  const int64_t begin = (static_cast<int64_t>(blockIdx.x) * kVectorThreads + threadIdx.x) * kSize;
   if (begin >= params.numel) {
     return;
   }
-  const auto* input = static_cast<const scalar_t*>(params.input) + begin;
-  auto* output = static_cast<scalar_t*>(params.output) + begin;
-  const bool whole = begin + kSize <= params.numel;
-  const bool aligned = reinterpret_cast<uintptr_t>(params.input) % 16 == 0;  // false for a view that starts in between
-
-  Vector<scalar_t> values;
-  if (whole && aligned) {
-    values = *reinterpret_cast<const Vector<scalar_t>*>(input);
-  } else {
-#pragma unroll
-    for (int k = 0; k < kSize; ++k) {
-      values.elements[k] = begin + k < params.numel ? input[k] : scalar_t(0.0f);
-    }
-  }
-
-  int64_t position, channel;
-  if (params.numel <= UINT32_MAX) {
-    const auto index = static_cast<uint32_t>(begin), inner = static_cast<uint32_t>(params.inner);
-    position = index % inner;
-    channel = index / inner % static_cast<uint32_t>(params.channels);
-  } else {
-    position = begin % params.inner;
-    channel = begin / params.inner % params.channels;
-  }
+  Vector<scalar_t> values = load_vector<scalar_t>(params.input, begin, params.numel);
+  const auto number = [](const float* values, int64_t channel, float absent) {
+    return values ? values[channel] : absent;
+  };
+  const auto read = [&](int64_t channel) {
+    return Affine{number(params.bias, channel, 0.0f) - number(params.mean, channel, 0.0f),
+                  number(params.scale, channel, 1.0f) * number(params.rstd, channel, 1.0f),
+                  number(params.shift, channel, 0.0f)};
+  };
   float affine[kSize];
-  if (position + kSize <= params.inner) {
-    const float bias = parameter(params.bias, channel, 0.0f), scale = parameter(params.scale, channel, 1.0f),
-                shift = parameter(params.shift, channel, 0.0f);
+  for_channels<kSize>(begin, params.numel, params.inner, params.channels, read, [&](int k, const Affine& a) {
+    affine[k] = a.factor * (static_cast<float>(values.elements[k]) + a.offset) + a.shift;
+  });
+  ACTIVATION_SWITCH(params.activation, kActivation, [&] {
 #pragma unroll
     for (int k = 0; k < kSize; ++k) {
-      affine[k] = scale * (static_cast<float>(values.elements[k]) + bias) + shift;
+      values.elements[k] = static_cast<scalar_t>(activate<kActivation>(affine[k], params.negative_slope));
     }
-  } else {
-#pragma unroll
-    for (int k = 0; k < kSize; ++k) {
-      affine[k] = parameter(params.scale, channel, 1.0f) *
-                      (static_cast<float>(values.elements[k]) + parameter(params.bias, channel, 0.0f)) +
-                  parameter(params.shift, channel, 0.0f);
-      const bool next = ++position == params.inner;
-      position = next ? 0 : position;
-      channel = next ? channel + 1 : channel;
-      channel = channel == params.channels ? 0 : channel;
-    }
-  }
+  });
+  store_vector(params.output, values, begin, params.numel);
+}
 
-#pragma unroll
-  for (int k = 0; k < kSize; ++k) {
-    values.elements[k] = static_cast<scalar_t>(activate<kActivation>(affine[k], params.negative_slope));
-  }
-  if (whole) {  // torch aligns its allocations, so the fresh output needs no second check
-    *reinterpret_cast<Vector<scalar_t>*>(output) = values;
-  } else {
-#pragma unroll
-    for (int k = 0; k < kSize; ++k) {
-      if (begin + k < params.numel) {
-        output[k] = values.elements[k];
-      }
+Tensor run(const Tensor& input, const std::optional<Tensor>& bias, const std::optional<Tensor>& scale,
+           const std::optional<Tensor>& shift, const float* mean, const float* rstd, const std::string& activation,
+           double negative_slope) {
+  const Device device(input);
+  const auto launch = [&]<typename scalar_t, Activation kActivation>(const AffineActivationParams& params) {
+    const AffineActivationLaunch p{params, mean, rstd, kActivation};
+    allow_access(p.input, p.numel * sizeof(scalar_t), false);
+    allow_access(p.output, p.numel * sizeof(scalar_t), true);
+    for (const float* parameters : {p.bias, p.scale, p.shift, p.mean, p.rstd}) {
+      allow_access(parameters, p.channels * sizeof(float), false);
     }
-  }
+    const int64_t blocks = ceil_div(p.numel, Vector<scalar_t>::kSize * kVectorThreads);
+    device.launch(affine_activation_kernel<scalar_t>, blocks, kVectorThreads, 0, p);
+  };
+  return run_affine_activation(input, bias, scale, shift, activation, negative_slope, launch);
 }
 
 Tensor affine_activation(const Tensor& input, const std::optional<Tensor>& bias, const std::optional<Tensor>& scale,
                          const std::optional<Tensor>& shift, const std::string& activation, double negative_slope) {
   CHECK_CUDA(input);
-  const Device device(input);
-  const auto launch = [&device]<typename scalar_t, Activation kActivation>(const AffineActivationParams& params) {
-    constexpr int64_t kSize = Vector<scalar_t>::kSize;
-    allow_access(params.input, params.numel * sizeof(scalar_t), false);
-    allow_access(params.output, params.numel * sizeof(scalar_t), true);
-    for (const float* parameters : {params.bias, params.scale, params.shift}) {
-      allow_access(parameters, params.channels * sizeof(float), false);
-    }
-    const int64_t blocks = ceil_div(params.numel, kSize * kBlockSize);
-    device.launch(affine_activation_kernel<scalar_t, kActivation>, blocks, kBlockSize, 0, params);
-  };
-  return run_affine_activation(input, bias, scale, shift, activation, negative_slope, launch);
+  return run(input, bias, scale, shift, nullptr, nullptr, activation, negative_slope);
+}
+
+// activation(weight * (input - mean) * rstd + bias), all vectors (C,).
+Tensor batch_norm_apply(const Tensor& input, const Tensor& mean, const Tensor& rstd, const Tensor& weight,
+                        const Tensor& bias, StringHandle activation, double negative_slope) {
+  const std::string name = take_string(activation);  // first: a failed check must not lose the string
+  CHECK_CUDA(input);
+  STD_TORCH_CHECK(input.dim() >= 2, "expected input to have shape (batch, channels, ...), but its shape is ",
+                  shape_of(input));
+  Tensor storage[2];
+  const float* center = channel_parameter(mean, "mean", input, storage[0]);
+  const float* factor = channel_parameter(rstd, "rstd", input, storage[1]);
+  return run(input, std::nullopt, weight, bias, center, factor, name, negative_slope);
 }
 
 }  // namespace
@@ -114,4 +93,5 @@ Tensor affine_activation(const Tensor& input, const std::optional<Tensor>& bias,
 
 STABLE_TORCH_LIBRARY_IMPL(gpt4fast, GPT4FAST_CUDA_KEY, m) {
   m.impl("affine_activation", TORCH_BOX(&gpt4fast::affine_activation));
+  m.impl("batch_norm_apply", TORCH_BOX(&gpt4fast::batch_norm_apply));
 }

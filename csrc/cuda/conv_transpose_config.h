@@ -1,6 +1,6 @@
 #pragma once
 
-// Tile sizes of conv_transpose.cu: pure functions. Chosen by what fits in registers and shared memory.
+// Tile sizes of conv_transpose*.cu: pure functions. Chosen by what fits in registers and shared memory.
 
 #include <algorithm>
 #include <cstdint>
@@ -41,6 +41,20 @@ constexpr TileChoice choose_tile(int64_t pixels, int64_t channels, int64_t group
                         ((channels + LargeTile::kChannels - 1) / LargeTile::kChannels) * groups;
   return products != Products::ieee && channels > SmallTile::kChannels && large >= processors ? TileChoice::large
                                                                                               : TileChoice::small;
+}
+
+// A block of conv_transpose_weight_gradient.cu computes kSide x kSide numbers of one tap, by four warps in two rows and
+// two columns, over slices of kPixels. Rows are longer than their numbers, so that eight of 16 bytes which follow one
+// another lie in different banks, or in float32 four of 8 numbers.
+template <int kElementBytes>
+struct WeightGradientTile {
+  static constexpr int kSide = 64, kPixels = 128 / kElementBytes, kThreads = 128, kStages = 3;
+  static constexpr int kRowBytes = kSide * kElementBytes + 8 * kElementBytes;
+};
+
+// How many parts the pixels are split into: four blocks for each multiprocessor, of at least eight slices.
+constexpr int64_t weight_gradient_parts(int64_t tiles, int64_t slices, int64_t processors) {
+  return std::max<int64_t>(1, std::min((4 * processors + tiles - 1) / tiles, slices / 8));
 }
 
 }  // namespace gpt4fast

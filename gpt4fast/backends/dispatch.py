@@ -178,6 +178,11 @@ CONV_TRANSPOSE = Op(
 BATCH_NORM = {
     "native": compiled_batch_norm.batch_norm_activation,
     "triton": triton_batch_norm.batch_norm_activation,
+    "cuda": compiled_batch_norm.cuda_batch_norm_activation,
+}
+CONV_TRANSPOSE_WITH_STATISTICS = {
+    "triton": triton_conv_transpose.conv_transpose_with_statistics,
+    "cuda": compiled_conv_transpose.conv_transpose_with_statistics,
 }
 
 
@@ -186,24 +191,21 @@ def choose_batch_norm(input: Tensor) -> str:
     name = requested(None)
     if name == "triton" and triton_batch_norm.refusal(input) is None:
         return "triton"
+    if name == "cuda" and refusals.cuda_refusal(input) is None:
+        return "cuda"
     # Channels last: torch's is as fast.
     if name in ("auto", "native") and input.is_contiguous() and refusals.native_refusal(input) is None:
         return "native"
     return "torch"
 
 
-def conv_transpose_with_statistics(call: dict, eps: float) -> Callable[[], tuple[Tensor, ...]]:
-    """Computes a call that has only a convolution, and what a batch norm needs of its output, by the Triton kernels."""
-    choose(CONV_TRANSPOSE, "triton", call)  # or raises
+def conv_transpose_with_statistics(implementation: str, call: dict, eps: float) -> Callable[[], tuple[Tensor, ...]]:
+    """Computes a call that has only a convolution, and what a batch norm needs of its output, by the kernels of
+    ``implementation``: a key of CONV_TRANSPOSE_WITH_STATISTICS."""
+    choose(CONV_TRANSPOSE, implementation, call)  # or raises
     geometry = (call[name] for name in ("stride", "padding", "output_padding", "groups", "dilation"))
-    return partial(
-        triton_conv_transpose.conv_transpose_with_statistics,
-        call["input"],
-        call["weight"],
-        call["bias"],
-        *geometry,
-        eps,
-    )
+    kernel = CONV_TRANSPOSE_WITH_STATISTICS[implementation]
+    return partial(kernel, call["input"], call["weight"], call["bias"], *geometry, eps)
 
 
 def run(op: Op, impl: str | None, call: dict):

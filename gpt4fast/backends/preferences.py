@@ -11,7 +11,7 @@ from torch import Tensor
 from . import native
 from .aten.conv_transpose import is_matrix_product
 from .autograd import needs_grad
-from .compiled import conv_transpose as compiled_conv_transpose
+from .compiled import conv_transpose_gradients
 from .compiled import convolution as compiled_convolution
 from .reference.conv_transpose import memory_format
 from .refusals import native_refusal
@@ -92,7 +92,7 @@ def conv_transpose(call: dict) -> tuple[str, ...]:
         # 1.1 to 1.9 above; of few pixels, for which the weight must be packed all the same, 0.4 to 1.4 below.
         fewest = 1 << 19 if pixels >= 128 else FEWEST_PRODUCTS_OF_TRAINING
         wins = channels >= 16 and input.numel() * weight[0].numel() >= fewest
-        crashes = compiled_conv_transpose.torch_crashes(input, weight, call["padding"], call["dilation"])
+        crashes = conv_transpose_gradients.torch_crashes(input, weight, call["padding"], call["dilation"])
         return ("native", "torch") if wins or crashes else ("torch",)
     channels_last = memory_format(input, weight) != torch.contiguous_format
     if input.dtype == torch.float16:

@@ -33,15 +33,16 @@ def convolve_and_normalize(
     activation: str | None,
     negative_slope: float,
 ) -> Tensor:
-    """``normalize`` of one of our transposed convolutions of a batch; Triton's kernel takes the statistics where it
-    writes its output, and so saves a pass."""
+    """``normalize`` of one of our transposed convolutions of a batch; the kernels for GPUs take the statistics where
+    they write their output, and so save a pass."""
     fits = _is_plain(norm) and norm.num_features == conv.out_channels and input.shape[0] > 0
-    if fits and dispatch.requested(None) == "triton":
+    name = dispatch.requested(None)
+    if fits and name in dispatch.CONV_TRANSPOSE_WITH_STATISTICS:
         call = prepare(len(conv.kernel_size), input, conv.weight, conv.bias, *geometry, None, None, None, 0.0)
-        compute = dispatch.conv_transpose_with_statistics(call, norm.eps)
+        compute = dispatch.conv_transpose_with_statistics(name, call, norm.eps)
         output, *statistics = without_autocast(compute, input)
         if output.numel() > output.shape[1]:
-            kernel = functools.partial(dispatch.BATCH_NORM["triton"], statistics=statistics)
+            kernel = functools.partial(dispatch.BATCH_NORM[name], statistics=statistics)
             return _normalize(norm, output, activation, negative_slope, kernel)
     else:
         output = conv.op(input, conv.weight, conv.bias, *geometry)

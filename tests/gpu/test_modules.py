@@ -21,11 +21,10 @@ pytestmark = pytest.mark.gpu
 # Training
 
 
-@pytest.mark.usefixtures("needs_triton")
 @pytest.mark.parametrize("channels_last", [False, True], ids=["", "channels last"])
-def test_training_follows_torch(channels_last, monkeypatch):
-    """Convolution with the batch's statistics, norm and activation, forward and backward, by Triton's kernels."""
-    monkeypatch.setenv("GPT4FAST_IMPL", "triton")
+def test_training_follows_torch(channels_last, impl, monkeypatch):
+    """Convolution with the batch's statistics, norm and activation, forward and backward."""
+    monkeypatch.setenv("GPT4FAST_IMPL", impl)
     layers = [
         nn.ConvTranspose2d(64, 48, 4, 2, 1, bias=False), nn.BatchNorm2d(48), nn.LeakyReLU(0.2),
         nn.ConvTranspose2d(48, 3, 4, 2, 1), nn.Tanh(),

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import gpt4fast
+from gpt4fast.backends.dispatch import BATCH_NORM
 
 from .comparison import DEVICE, assert_as_exact, decoding_step, error, heads, normal, rotary_tables
 
@@ -235,16 +236,57 @@ def test_conv_transpose_in_tf32(name, impl):
     assert error(convolve(tensors, options, impl), exact) <= TF32
 
 
-@pytest.mark.usefixtures("needs_triton")
+def gradients_of(tensors, options, impl, grad):
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    return torch.autograd.grad(convolve(leaves, options, impl), leaves, grad)
+
+
 @pytest.mark.parametrize(("name", "dtype", "channels_last"), KINDS)
-def test_gradients_of_conv_transpose(name, dtype, channels_last):
+def test_gradients_of_conv_transpose(name, dtype, channels_last, impl):
     tensors, options = layer(name, dtype, channels_last)
     grad = torch.randn_like(convolve(tensors, options, "torch"))
+    exact = gradients_of([t.double() for t in tensors], options, "reference", grad.double())
+    results = [gradients_of(tensors, options, chosen, grad) for chosen in (impl, "torch")]
+    for ours, theirs, expected in zip(*results, exact, strict=True):
+        assert_as_exact(ours, theirs, expected)
 
-    def gradients(impl, dtype):
+
+def test_gradients_of_conv_transpose_in_tf32(impl):
+    tensors, options = layer("DCGAN", torch.float32, channels_last=False)
+    grad = torch.randn_like(convolve(tensors, options, "torch"))
+    exact = gradients_of([t.double() for t in tensors], options, "reference", grad.double())
+    torch.backends.cudnn.conv.fp32_precision = "tf32"  # until the test ends: a fixture
+    for ours, expected in zip(gradients_of(tensors, options, impl, grad), exact, strict=True):
+        assert error(ours, expected) <= TF32
+
+
+# Batch norm in training
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "channels_last"),
+    [
+        *((shape, dtype, False) for shape in ((64, 256, 16, 16), (16, 100, 6401)) for dtype in DTYPES),
+        *(((64, 256, 16, 16), dtype, True) for dtype in DTYPES),
+    ],
+    ids=str,
+)
+def test_batch_norm(shape, dtype, channels_last, impl):
+    """Norm and activation by the batch's statistics, and their gradients."""
+    input = normal(*shape).mul(3).add(5).to(dtype)
+    if channels_last:
+        input = input.contiguous(memory_format=torch.channels_last)
+    tensors = [input, normal(shape[1], dtype=dtype), normal(shape[1], dtype=dtype)]
+    grad = torch.randn_like(input)
+
+    def run(function, dtype):
         leaves = [t.to(dtype).requires_grad_() for t in tensors]
-        return torch.autograd.grad(convolve(leaves, options, impl), leaves, grad.to(dtype))
+        out = function(*leaves)
+        return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(dtype))]
 
-    results = gradients("triton", dtype), gradients("torch", dtype), gradients("reference", torch.float64)
-    for ours, theirs, exact in zip(*results, strict=True):
+    def plain(x, weight, bias):
+        return torch.nn.functional.silu(torch.nn.functional.batch_norm(x, None, None, weight, bias, True))
+
+    results = run(lambda *t: BATCH_NORM[impl](*t, 1e-5, "silu", 0.0)[0], dtype), run(plain, dtype)
+    for ours, theirs, exact in zip(*results, run(plain, torch.float64), strict=True):
         assert_as_exact(ours, theirs, exact)

@@ -1,7 +1,10 @@
-"""Batch norm with the batch's statistics and the activation behind it, by the native kernel: three passes over memory
-where torch's operators make eight, and four backward where they make ten."""
+"""Batch norm with the batch's statistics and the activation behind it. By the native kernel it is three passes over
+memory where torch's operators make eight, and four backward where they make ten. By the CUDA kernels, not yet run on a
+GPU, it is three, or two where a transposed convolution has taken the statistics, and five backward."""
 
 from __future__ import annotations
+
+import functools
 
 import torch
 from torch import Tensor
@@ -35,6 +38,33 @@ def batch_norm_activation(
     ops = torch.ops.gpt4fast
     kernels = ops.batch_norm_activation.default, ops.batch_norm_activation_backward.default
     return BatchNormActivation.apply(input.contiguous(), weight, bias, eps, activation, negative_slope, *kernels)
+
+
+def cuda_batch_norm_activation(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: str | None,
+    negative_slope: float,
+    statistics: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``batch_norm_activation`` on a GPU, for an input of any layout.
+
+    ``statistics`` are the input's, where ``conv_transpose_with_statistics`` took them with the same ``eps``; else a
+    pass over the input takes them.
+    """
+    if not (input.is_contiguous() or input.movedim(1, -1).is_contiguous()):
+        input = input.contiguous()
+    kernels = functools.partial(_normalize, statistics), torch.ops.gpt4fast.batch_norm_activation_backward
+    return BatchNormActivation.apply(input, weight, bias, eps, activation, negative_slope, *kernels)
+
+
+def _normalize(statistics, input, weight, bias, eps, activation, negative_slope) -> tuple[Tensor, ...]:
+    ops = torch.ops.gpt4fast
+    mean, rstd, variance = ops.batch_statistics(input, eps) if statistics is None else statistics
+    out = ops.batch_norm_apply(input, mean, rstd, weight, bias, activation, negative_slope)
+    return out, mean, rstd, variance
 
 
 class BatchNormActivation(torch.autograd.Function):
@@ -86,6 +116,11 @@ if native.cpu_library_error() is None:
         return torch.empty_like(input), *(torch.empty_like(weight) for _ in range(3))
 
     torch.library.register_fake("gpt4fast::batch_norm_activation", _fake_forward)
+    torch.library.register_fake(
+        "gpt4fast::batch_statistics",
+        lambda input, eps: tuple(input.new_empty(input.shape[1], dtype=torch.float32) for _ in range(3)),
+    )
+    torch.library.register_fake("gpt4fast::batch_norm_apply", lambda input, *_: torch.empty_like(input))
     torch.library.register_fake(
         "gpt4fast::batch_norm_activation_backward",
         lambda grad, input, weight, *_: (torch.empty_like(input), torch.empty_like(weight), torch.empty_like(weight)),

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..reference.conv_transpose import memory_format, output_sizes
-from .conv_transpose import gradients, winograd_wins, winograd_wins_backward
+from .conv_transpose_gradients import gradients
+from .winograd import winograd_wins, winograd_wins_backward
 
 FUNCTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 

@@ -119,7 +119,7 @@ def test_statistics_of_the_epilogue(case, dtype):
     weight = torch.randn(channels, outputs, *[kernel] * len(sizes)).to(DEVICE, dtype)
     bias = torch.randn(outputs * groups).to(DEVICE, dtype) * 10
     call = prepare(len(sizes), input, weight, bias, *geometry, groups, 1, None, None, None, 0.0)
-    output, mean, rstd, variance = dispatch.conv_transpose_with_statistics(call, 1e-3)()
+    output, mean, rstd, variance = dispatch.conv_transpose_with_statistics("triton", call, 1e-3)()
     assert torch.equal(output, triton_conv_transpose.conv_transpose(**call))
     exact = torch.var_mean(output.double(), [0, *range(2, output.dim())], correction=0)
     torch.testing.assert_close(mean.double(), exact[1], rtol=1e-6, atol=1e-6)

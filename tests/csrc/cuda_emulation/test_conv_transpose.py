@@ -28,14 +28,27 @@ SHAPES = {
 }
 
 
+def lists(geometry, dims):
+    """Stride, padding, output padding, groups and dilation, a number for each dimension."""
+    return [x if i == 3 or isinstance(x, tuple) else (x,) * dims for i, x in enumerate(geometry)]
+
+
 def convolve(cuda_ops, input, weight, bias, geometry, epilogue=(None, None, "none"), channels_last=False, tf32=False):
-    stride, padding, output_padding, groups, dilation = (
-        x if i == 3 or isinstance(x, tuple) else (x,) * (input.dim() - 2) for i, x in enumerate(geometry)
-    )
     return cuda_ops.conv_transpose_forward(
-        input, weight, bias, stride, padding, output_padding, groups, dilation, *epilogue, 0.2, channels_last,
-        None, False, tf32,
-    )  # fmt: skip
+        input, weight, bias, *lists(geometry, input.dim() - 2), *epilogue, 0.2, channels_last, None, False, tf32
+    )
+
+
+def with_statistics(cuda_ops, input, weight, bias, geometry, eps, channels_last=False):
+    return cuda_ops.conv_transpose_with_statistics(
+        input, weight, bias, *lists(geometry, input.dim() - 2), channels_last, eps, False
+    )
+
+
+def gradients(cuda_ops, grad, input, weight, geometry, channels_last=False, needed=(True, True), tf32=False):
+    return cuda_ops.conv_transpose_backward(
+        grad, input, weight, *lists(geometry, input.dim() - 2), channels_last, *needed, False, tf32
+    )
 
 
 def operands(name, dtype):
@@ -61,6 +74,30 @@ def check(output, input, weight, bias, geometry, unit=None):
     if unit is None:
         torchs = (function(input, weight, bias.to(input.dtype), *geometry).double() - expected).norm()
         assert error.norm() <= 2 * torchs + torch.finfo(input.dtype).eps * terms.norm() / 4
+
+
+def check_gradients(grads, grad, input, weight, geometry, unit=None):
+    """As ``check``."""
+    function = CONVOLUTIONS[input.dim()]
+
+    def exact(dtype, *tensors):
+        grad, *leaves = (t.to(dtype) for t in tensors)
+        leaves = [t.detach().requires_grad_() for t in leaves]
+        return torch.autograd.grad(function(leaves[0], leaves[1], None, *geometry), leaves, grad)
+
+    given = grad, input, weight
+    results = (
+        exact(torch.float64, *given),
+        exact(torch.float64, *(t.abs() for t in given)),
+        exact(input.dtype, *given),
+    )
+    for ours, like, expected, terms, torchs in zip(grads, (input, weight), *results, strict=True):
+        assert ours.dtype == like.dtype and ours.shape == like.shape
+        eps = torch.finfo(input.dtype).eps
+        error = (ours.double() - expected).abs()
+        assert (error <= (unit or (16 if input.dtype == torch.float32 else 2) * eps) * terms + 1e-30).all()
+        if unit is None:
+            assert error.norm() <= 2 * (torchs.double() - expected).norm() + eps * terms.norm() / 4
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -120,6 +157,58 @@ def test_any_strides_and_misaligned_starts(cuda_ops):
         assert torch.equal(convolve(cuda_ops, same, weight.mT.contiguous().mT, bias, geometry), expected)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", SHAPES)
+def test_gradients(cuda_ops, name, dtype):
+    input, weight, bias, geometry = operands(name, dtype)
+    grad = torch.randn(CONVOLUTIONS[input.dim()](input, weight, bias.to(dtype), *geometry).shape).to(dtype)
+    check_gradients(gradients(cuda_ops, grad, input, weight, geometry), grad, input, weight, geometry)
+    if input.dim() > 3:
+        layout = torch.channels_last if input.dim() == 4 else torch.channels_last_3d
+        tensors = [t.contiguous(memory_format=layout) for t in (grad, input, weight)]
+        grads = gradients(cuda_ops, *tensors, geometry, channels_last=True)
+        assert grads[0].is_contiguous(memory_format=layout) and grads[1].is_contiguous()
+        check_gradients(grads, grad, input, weight, geometry)
+
+
+@pytest.mark.parametrize("name", ["doubling", "groups"])
+def test_gradients_in_tf32(cuda_ops, name):
+    input, weight, bias, geometry = operands(name, torch.float32)
+    grad = torch.randn(CONVOLUTIONS[input.dim()](input, weight, bias, *geometry).shape)
+    grads = gradients(cuda_ops, grad, input, weight, geometry, tf32=True)
+    check_gradients(grads, grad, input, weight, geometry, unit=2**-10)
+    grad, input, weight = (t.half().float() for t in (grad, input, weight))  # of which TF32 loses nothing
+    check_gradients(gradients(cuda_ops, grad, input, weight, geometry, tf32=True), grad, input, weight, geometry)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_gradient_of_the_weight_in_parts_and_tiles(cuda_ops, dtype):
+    """Of more pixels than one block takes, and of more channels: bitwise the same each time, and alone."""
+    for sizes, outputs, kernel in (((3, 9, 401), 11, 2), ((1, 70, 50), 66, 1)):
+        input, weight = torch.randn(sizes).to(dtype), torch.randn(sizes[1], outputs, kernel).to(dtype)
+        geometry = (2, 0, 1, 1, 1)
+        grad = torch.randn(sizes[0], outputs, 2 * sizes[2] - 1 + kernel).to(dtype)
+        first = gradients(cuda_ops, grad, input, weight, geometry)
+        check_gradients(first, grad, input, weight, geometry)
+        for needed in ((True, False), (False, True)):
+            alone = gradients(cuda_ops, grad, input, weight, geometry, needed=needed)
+            for is_needed, one, both in zip(needed, alone, first, strict=True):
+                assert torch.equal(one, both) if is_needed else one.numel() == 0
+
+
+def test_gradients_of_any_strides(cuda_ops):
+    input, weight, bias, geometry = operands("doubling", torch.float16)
+    grad = torch.randn(CONVOLUTIONS[4](input, weight, bias.half(), *geometry).shape).half()
+    expected = gradients(cuda_ops, grad, input, weight, geometry)
+    expanded = torch.randn(1, 1, 1, 1).half().expand_as(grad)
+    for same in (grad.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2), grad.mT.contiguous().mT):
+        for other in (weight.mT.contiguous().mT, weight.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)):
+            grads = gradients(cuda_ops, same, input.mT.contiguous().mT, other, geometry)
+            assert all(torch.equal(*pair) for pair in zip(grads, expected, strict=True))
+    grads = gradients(cuda_ops, expanded, input, weight, geometry)  # as a sum's gradient is
+    check_gradients(grads, expanded, input, weight, geometry)
+
+
 def test_sizes_of_zero_and_bad_arguments(cuda_ops):
     input, weight, bias, geometry = operands("groups", torch.float32)
     assert convolve(cuda_ops, input[:0], weight, bias, geometry).shape == (0, 21, 12)
@@ -127,3 +216,9 @@ def test_sizes_of_zero_and_bad_arguments(cuda_ops):
         arguments = [change.get(i, value) for i, value in enumerate((input, weight, bias, geometry))]
         with pytest.raises(RuntimeError, match=rf"\b{name}\b"):
             convolve(cuda_ops, *arguments)
+    grad = torch.randn(2, 21, 12)
+    empty, none = gradients(cuda_ops, grad[:0], input[:0], weight, geometry)
+    assert empty.shape == (0, 12, 6) and none.shape == weight.shape and not none.any()
+    for wrong in (grad.half(), grad[:, :20], grad[..., :11]):
+        with pytest.raises(RuntimeError, match="grad_out"):
+            gradients(cuda_ops, wrong, input, weight, geometry)

@@ -17,6 +17,7 @@ from ..test_affine_activation import check as check_affine
 from ..test_affine_activation import parameters
 from ..test_attention_decode import tables
 from ..test_attention_forward import assert_close, attend, make_inputs
+from . import test_batch_norm as norm
 from . import test_conv_transpose as convolution
 from .build import ROOT, build
 from .test_attention_decode import Case
@@ -25,6 +26,7 @@ DECODE, CONVOLUTION, AFFINE = "attention_decode.cu", "conv_transpose.cu", "affin
 ATTENTION, BACKWARD = "attention_forward.cu", "attention_backward.cu"
 TILES, WEIGHTS, SCORES = (f"attention_{name}.cuh" for name in ("tiles", "weights", "backward_scores"))
 OF_QUERIES, OF_KEYS = "attention_query_gradient.cuh", "attention_key_gradient.cuh"
+NORM, KERNEL, WEIGHT = "batch_norm.cu", "conv_transpose_kernel.cuh", "conv_transpose_weight_gradient.cu"
 BARRIER, WARP_BARRIER = "__syncthreads();", "__syncwarp();"
 
 # (source of the operator, file, what stands there, what is planted)
@@ -179,31 +181,88 @@ FAULTS = {
     "gradient of keys: the word of a query": (BACKWARD, OF_KEYS, "word_of(words, row)", "word_of(words, query)"),
     "convolution: slice not waited for": (
         CONVOLUTION,
-        CONVOLUTION,
+        KERNEL,
         "wait_for_copies<kStages - 2>",
         "wait_for_copies<kStages - 1>",
     ),
-    "convolution: no barrier in the loop": (CONVOLUTION, CONVOLUTION, BARRIER + "              // every", "// every"),
+    "convolution: no barrier in the loop": (CONVOLUTION, KERNEL, BARRIER + "              // every", "// every"),
     "convolution: no barrier before the sums": (
         CONVOLUTION,
-        CONVOLUTION,
+        KERNEL,
         f"  {BARRIER}\n#pragma unroll",
         "#pragma unroll",
     ),
+    "convolution: statistics of a pixel that is not there": (
+        CONVOLUTION,
+        KERNEL,
+        "row < kPixels && shared.target[row] >= 0;",
+        "row < kPixels;",
+    ),
+    "convolution: no statistics of a tile without pixels": (
+        CONVOLUTION,
+        KERNEL,
+        "keep_statistics({}, part);",
+        "",
+    ),
+    "convolution: gradient of every pixel of the output": (
+        CONVOLUTION,
+        KERNEL,
+        "static_cast<int>(w) * along_w.source_stride",
+        "static_cast<int>(w)",
+    ),
+    "sums: no barrier between the halves": (
+        CONVOLUTION,
+        "block_sums.cuh",
+        f"    }}\n    {BARRIER}",
+        "    }",
+    ),
+    "sums: spread without the distance of the means": (
+        CONVOLUTION,
+        "block_sums.cuh",
+        "a.spread + b.spread + deviation * deviation * a.count * share",
+        "a.spread + b.spread",
+    ),
+    "weight gradient: slice not waited for": (
+        CONVOLUTION,
+        WEIGHT,
+        "wait_for_copies<kStages - 2>",
+        "wait_for_copies<kStages - 1>",
+    ),
+    "weight gradient: no barrier in the loop": (CONVOLUTION, WEIGHT, BARRIER + "              // every", "// every"),
+    "weight gradient: places of the wrong slice": (CONVOLUTION, WEIGHT, "locate(step + kStages)", "locate(step + 1)"),
+    "weight gradient: a pixel too many": (CONVOLUTION, WEIGHT, "exists = index < pixels", "exists = index <= pixels"),
+    "weight gradient: a column beside the image": (
+        CONVOLUTION,
+        WEIGHT,
+        "out_w < p.out_size[2]",
+        "out_w <= p.out_size[2]",
+    ),
+    "weight gradient: lane of a matrix": (
+        CONVOLUTION,
+        "conv_transpose_products.cuh",
+        "(lane % 8 + lane / 16 * 8) * kRow + lane / 8 % 2 * 16;\n    const char* output_row",
+        "lane % 16 * kRow + lane / 16 * 16;\n    const char* output_row",
+    ),
+    "weight gradient: part left out": (
+        CONVOLUTION,
+        "block_sums.cuh",
+        "part < p.number; part += kSum",
+        "part + 1 < p.number; part += kSum",
+    ),
     "convolution: no barrier after the sums": (
         CONVOLUTION,
-        CONVOLUTION,
+        KERNEL,
         f"{BARRIER}\n  auto* out",
         "\n  auto* out",
     ),
-    "convolution: a column beside the image": (CONVOLUTION, CONVOLUTION, "w < p.in_size[2]", "w <= p.in_size[2]"),
+    "convolution: a column beside the image": (CONVOLUTION, KERNEL, "w < p.in_size[2]", "w <= p.in_size[2]"),
     "convolution: taps the other way round": (
         CONVOLUTION,
-        CONVOLUTION,
+        KERNEL,
         "shared.place[2][row] - shift_w",
         "shared.place[2][row] + shift_w",
     ),
-    "convolution: a channel too many": (CONVOLUTION, CONVOLUTION, "i < columns);", "i <= columns);"),
+    "convolution: a channel too many": (CONVOLUTION, KERNEL, "i < columns);", "i <= columns);"),
     "convolution: a pixel too many": (
         CONVOLUTION,
         "conv_transpose_phase.cuh",
@@ -213,14 +272,14 @@ FAULTS = {
     "convolution: lane of a matrix": (
         CONVOLUTION,
         "conv_transpose_products.cuh",
-        "lane / 8 % 2 * 16",
-        "lane / 16 * 16",
+        "lane / 8 % 2 * 16;\n    const auto load",
+        "lane / 16 * 16;\n    const auto load",
     ),
     "convolution: a channel too many of a weight as it is": (
         CONVOLUTION,
-        CONVOLUTION,
-        "column < columns);",
-        "column <= columns);",
+        KERNEL,
+        "output < columns);",
+        "output <= columns);",
     ),
     "convolution: lane of a weight as it is": (
         CONVOLUTION,
@@ -235,8 +294,18 @@ FAULTS = {
         "channel < p.channels",
         "channel <= p.channels",
     ),
-    "affine: writes past the end": (AFFINE, AFFINE, "begin + k < params.numel) {", "begin + k <= params.numel) {"),
-    "affine: channels go on": (AFFINE, AFFINE, "channel == params.channels ? 0 : channel", "channel"),
+    "affine: writes past the end": (AFFINE, "channels.cuh", "begin + k < count) {", "begin + k <= count) {"),
+    "affine: channels go on": (AFFINE, "channels.cuh", "channel == channels ? 0 : channel", "channel"),
+    "norm: a row too many": (NORM, NORM, "min((part + 1) * p.rows_of_part, p.rows)", "(part + 1) * p.rows_of_part"),
+    "norm: a channel too many": (NORM, NORM, "last_row = channel < p.channels ?", "last_row = channel <= p.channels ?"),
+    "norm: the first row of all": (NORM, NORM, "p.rows_of_part + thread / lanes", "p.rows_of_part"),
+    "norm: images of another size": (NORM, NORM, "(row - image * p.image_rows) * p.width", "row * p.width"),
+    "norm: no barrier before the sums": (
+        NORM,
+        "block_sums.cuh",
+        f"  {BARRIER}  // everyone has read what was merged before\n",
+        "",
+    ),
 }
 
 
@@ -290,8 +359,19 @@ def convolution_battery(ops) -> None:
         input, weight, bias, geometry = convolution.operands(name, dtype)
         layouts = [torch.channels_last] if name == "doubling" else []
         for layout in (torch.contiguous_format, *layouts):
-            output = convolution.convolve(ops, input, weight.contiguous(memory_format=layout), bias, geometry)
+            same = weight.contiguous(memory_format=layout)
+            output, _, _, variance = convolution.with_statistics(ops, input, same, bias, geometry, 0.0)
             convolution.check(output, input, weight, bias, geometry)
+            exact = output.double().var([0, *range(2, output.dim())], correction=0)
+            torch.testing.assert_close(variance.double(), exact, rtol=1e-4, atol=1e-5)
+            grad = torch.randn_like(output)
+            grads = convolution.gradients(ops, grad, input, same, geometry)
+            convolution.check_gradients(grads, grad, input, weight, geometry)
+    input, weight, grad = torch.randn(1, 9, 1201), torch.randn(9, 8, 1), torch.randn(1, 8, 1201)
+    geometry = (1, 0, 0, 1, 1)
+    convolution.check_gradients(
+        convolution.gradients(ops, grad, input, weight, geometry), grad, input, weight, geometry
+    )
 
 
 def affine_battery(ops) -> None:
@@ -299,12 +379,20 @@ def affine_battery(ops) -> None:
         check_affine(torch.randn(shape), *parameters(shape[1]), "relu")
 
 
+def norm_battery(ops) -> None:
+    for x in (norm.far_from_zero(shape, torch.float16) for shape in ((2, 3, 4, 8), (3, 67, 37), (70, 24))):
+        norm.check(x, "leaky_relu")
+
+
+# Sources that an operator needs besides its own.
+OTHERS = {CONVOLUTION: [WEIGHT], NORM: [AFFINE]}
 BATTERIES = {
     DECODE: decode_battery,
     ATTENTION: attention_battery,
     BACKWARD: backward_battery,
     CONVOLUTION: convolution_battery,
     AFFINE: affine_battery,
+    NORM: norm_battery,
 }
 
 
@@ -324,7 +412,8 @@ def test_planted_fault_is_found(index, tmp_path, monkeypatch):
     before = path.read_text()
     assert before.count(text) == 1, f"{text!r} is {before.count(text)} times in {name}"
     path.write_text(before.replace(text, planted))
-    library = build([csrc / "cuda" / source], f"gpt4fast_fault_{index}", csrc)
+    sources = [csrc / "cuda" / needed for needed in (source, *OTHERS.get(source, []))]
+    library = build(sources, f"gpt4fast_fault_{index}", csrc)
     torch.ops.load_library(str(library))
     ops = getattr(torch.ops, f"gpt4fast_fault_{index}")
     monkeypatch.setattr(torch.ops, "gpt4fast", ops)
