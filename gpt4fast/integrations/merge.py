@@ -153,6 +153,7 @@ class Merged(nn.Identity):
         super().__init__()
         self.replaced = (replaced,)  # in a tuple: its parameters are no longer the model's
         self.runs_on = runs_on
+        self.training = replaced.training
 
     def extra_repr(self) -> str:
         return f"{type(self.replaced[0]).__name__}, computed by the module before it"
