@@ -42,7 +42,6 @@ struct DifferenceSums {
 template <int kThreads, typename T, typename Merge>
 __device__ __forceinline__ T merge_threads(T (&shared)[kThreads], const T& value, int lanes, const Merge& merge) {
   const int thread = threadIdx.x;
-  __syncthreads();  // everyone has read what was merged before
   shared[thread] = value;
   __syncthreads();
   for (int step = kThreads / 2; step >= lanes; step /= 2) {

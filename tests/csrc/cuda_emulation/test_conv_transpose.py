@@ -100,6 +100,18 @@ def check_gradients(grads, grad, input, weight, geometry, unit=None):
             assert error.norm() <= 2 * (torchs.double() - expected).norm() + eps * terms.norm() / 4
 
 
+def check_unequal_phases(cuda_ops):
+    """Statistics of an output of which one phase has a pixel less than the other, and with it a tile."""
+    input, weight, bias = torch.randn(1, 8, 65), torch.randn(8, 40, 1), torch.randn(40)
+    output, mean, _, variance = with_statistics(cuda_ops, input, weight, bias, (2, 0, 0, 1, 1), 0.0)
+    exact = torch.var_mean(output.double(), (0, 2), correction=0)
+    torch.testing.assert_close((variance.double(), mean.double()), exact, rtol=1e-4, atol=1e-5)
+
+
+def test_statistics_of_unequal_phases(cuda_ops):
+    check_unequal_phases(cuda_ops)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", SHAPES)
 def test_matches_float64(cuda_ops, name, dtype):

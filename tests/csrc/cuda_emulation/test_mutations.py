@@ -303,8 +303,8 @@ FAULTS = {
     "norm: no barrier before the sums": (
         NORM,
         "block_sums.cuh",
-        f"  {BARRIER}  // everyone has read what was merged before\n",
-        "",
+        f"shared[thread] = value;\n  {BARRIER}",
+        "shared[thread] = value;",
     ),
 }
 
@@ -367,6 +367,7 @@ def convolution_battery(ops) -> None:
             grad = torch.randn_like(output)
             grads = convolution.gradients(ops, grad, input, same, geometry)
             convolution.check_gradients(grads, grad, input, weight, geometry)
+    convolution.check_unequal_phases(ops)
     input, weight, grad = torch.randn(1, 9, 1201), torch.randn(9, 8, 1), torch.randn(1, 8, 1201)
     geometry = (1, 0, 0, 1, 1)
     convolution.check_gradients(
