@@ -21,9 +21,9 @@ from ..backends.autograd import needs_grad
 from ..nn.attention import MultiheadAttention
 from .swap import Swapped
 
-# Elements of the queries times keys. By a count of the work, not yet measured: the calls that torch's fused op saves
-# take some 60 us, as the scores of 128 tokens of 512 numbers do.
-FEWEST_PRODUCTS = 1 << 23
+# Tokens of a row, from which on ours is as fast, of whole rows, padded ones in float32 and in half types (torch makes a
+# float mask), and packed ones. At half of them 0.8 to 0.97, at twice 1.03 to 3, packed 1.2 to 1.7 (benchmarks/LOG.md).
+FEWEST_WHOLE, FEWEST_PADDED, FEWEST_PADDED_HALF, FEWEST_PACKED = 512, 256, 128, 64
 
 
 class EncoderLayer(Swapped):
@@ -36,7 +36,8 @@ class EncoderLayer(Swapped):
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
-        if not _serves(self, src):
+        padded = FEWEST_PADDED if src.dtype == torch.float32 else FEWEST_PADDED_HALF
+        if not _serves(self, src, FEWEST_WHOLE if src_key_padding_mask is None else padded):
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
         bounds = None
         if src_key_padding_mask is not None and (src_mask is None or is_causal):
@@ -82,18 +83,18 @@ class Encoder(Swapped):
     def _would_be_nested(self, src: Tensor) -> bool:
         if not getattr(self, "use_nested_tensor", False) or not torch.backends.mha.get_fastpath_enabled():
             return False
-        return all(isinstance(layer, EncoderLayer) and _serves(layer, src) for layer in self.layers)
+        return all(isinstance(layer, EncoderLayer) and _serves(layer, src, FEWEST_PACKED) for layer in self.layers)
 
 
-def _serves(layer: nn.Module, src: Tensor) -> bool:
-    """Whether torch could take its fused op, and attention is so large that ours is faster."""
+def _serves(layer: nn.Module, src: Tensor, fewest: int) -> bool:
+    """Whether torch could take its fused op, and rows are so long that ours is faster."""
     attention = layer.self_attn
     return (
         not layer.training
         and type(src) is Tensor
         and src.dim() == 3
         and not src.is_nested
-        and src.numel() * src.shape[1] >= FEWEST_PRODUCTS
+        and src.shape[1] >= fewest
         and type(attention) is MultiheadAttention
         and attention.batch_first
         and attention._qkv_same_embed_dim

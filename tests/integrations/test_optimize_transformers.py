@@ -20,7 +20,8 @@ pytestmark = pytest.mark.filterwarnings(
 
 @pytest.fixture
 def all_large(monkeypatch, needs_native) -> None:
-    monkeypatch.setattr(transformer_layers, "FEWEST_PRODUCTS", 0)
+    for name in ("WHOLE", "PADDED", "PADDED_HALF", "PACKED"):
+        monkeypatch.setattr(transformer_layers, f"FEWEST_{name}", 0)
 
 
 @pytest.fixture
