@@ -38,8 +38,8 @@ def run(function, x, weight, bias, activation, grad, dtype):
 
 
 def check(x, activation):
-    """At most twice as far from float64 as torch in the same dtype; of the few sums per channel, which chance brings
-    nearer to or farther from it, thrice."""
+    """At most twice as far from float64 as torch in the same dtype, plus what a rounding of the mean does to the
+    channel of the smallest deviation, which decides the error. A plain sum of squares would err by its square."""
     weight, bias = torch.randn(2, x.shape[1]).to(x.dtype)
     # A gradient at a kink is decided by rounding.
     is_kink = plain(*(t.double() for t in (x, weight, bias)), None).abs() < 1e-3
@@ -47,9 +47,10 @@ def check(x, activation):
     arguments = x, weight, bias, activation, grad
     results = [run(f, *arguments, t) for f, t in ((ours, x.dtype), (plain, x.dtype), (plain, torch.float64))]
     assert results[0][0].stride() == x.stride()
+    deviation, mean = torch.std_mean(x.double(), [0, *range(2, x.dim())], correction=0)
+    condition = (mean / (deviation + 1e-5)).abs().max()
     for name, got, torchs, exact in zip(("out", "input", "weight", "bias"), *results, strict=True):
-        times = 2 if name in ("out", "input") else 3
-        allowed = times * (torchs - exact).norm() + 2 * torch.finfo(x.dtype).eps * exact.norm()
+        allowed = 2 * (torchs - exact).norm() + (2 + condition) * torch.finfo(x.dtype).eps * exact.norm()
         assert got.dtype == x.dtype and (got - exact).norm() <= allowed, name
 
 
