@@ -8,6 +8,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from .test_conv_transpose_forward import draw_winograd_geometry
+
 pytestmark = pytest.mark.usefixtures("needs_native")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -219,19 +221,8 @@ def test_random_calls(data):
 def test_random_winograd_calls(data):
     draw = data.draw
     torch.manual_seed(draw(st.integers(0, 2**31), "seed"))
-    dims = draw(st.integers(1, 3), "dims")
-
-    def list_of(name, least, most):
-        return draw(st.lists(st.integers(least, most), min_size=dims, max_size=dims), name)
-
-    stride = list_of("stride", 2, (9, 4, 2)[dims - 1])
-    kernel = [2 * s for s in stride]
-    if dims > 1 and draw(st.booleans(), "absent"):
-        stride[0] = kernel[0] = 1
-    size, padding = list_of("size", 1, (150, 20, 6)[dims - 1]), list_of("padding", 0, 5)
-    extra = [draw(st.integers(0, s - 1), "output_padding") for s in stride]
-    shapes = zip(size, stride, padding, kernel, extra, strict=True)
-    assume(min((n - 1) * s - 2 * p + k + e for n, s, p, k, e in shapes) >= 1)
+    size, kernel, stride, padding, extra = draw_winograd_geometry(draw, 150)
+    dims = len(size)
     sizes = [draw(st.integers(1, most), name) for name, most in (("batch", 4), ("groups", 2), ("inputs", 140))]
     case = Case(*sizes, draw(st.integers(1, 100), "outputs"), size, kernel, stride, padding, extra)
     channels_last = dims > 1 and draw(st.booleans(), "channels last")

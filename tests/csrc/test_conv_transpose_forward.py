@@ -462,10 +462,8 @@ def test_random_calls(data):
     )
 
 
-@given(data=st.data())
-def test_random_winograd_calls(data):
-    draw = data.draw
-    torch.manual_seed(draw(st.integers(0, 2**31), "seed"))
+def draw_winograd_geometry(draw, longest: int) -> tuple[list[int], ...]:
+    """Size, kernel, stride, padding and output_padding of images of up to so many pixels along one dimension."""
     dims = draw(st.integers(1, 3), "dims")
 
     def list_of(name, least, most):
@@ -475,10 +473,19 @@ def test_random_winograd_calls(data):
     kernel = [2 * s for s in stride]
     if dims > 1 and draw(st.booleans(), "absent"):
         stride[0] = kernel[0] = 1
-    size, padding = list_of("size", 1, (300, 20, 6)[dims - 1]), list_of("padding", 0, 5)
+    size, padding = list_of("size", 1, (longest, 20, 6)[dims - 1]), list_of("padding", 0, 5)
     extra = [draw(st.integers(0, s - 1), "output_padding") for s in stride]
     shapes = zip(size, stride, padding, kernel, extra, strict=True)
     assume(min((n - 1) * s - 2 * p + k + e for n, s, p, k, e in shapes) >= 1)
+    return size, kernel, stride, padding, extra
+
+
+@given(data=st.data())
+def test_random_winograd_calls(data):
+    draw = data.draw
+    torch.manual_seed(draw(st.integers(0, 2**31), "seed"))
+    size, kernel, stride, padding, extra = draw_winograd_geometry(draw, 300)
+    dims = len(size)
     groups, dtype = draw(st.sampled_from([1, 1, 2]), "groups"), draw(st.sampled_from(DTYPES), "dtype")
     inputs, outputs = draw(st.integers(32, 140), "inputs"), draw(st.integers(1, 140), "outputs")
     input, weight = make_inputs(draw(st.integers(0, 5), "batch"), groups, inputs, outputs, size, kernel, dtype)
