@@ -55,7 +55,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   set_attention_params(query, key, value, settings, p);
   set_saved_tensors(grad_out, grad_lse, query, out, lse, p);
   p.dropout = Dropout(settings, query);
-  const int64_t width = checked_width(p, kWidestBackward);
+  const int64_t width = checked_width(p, 256);
   const bool is_empty = lse.numel() == 0 || p.kv_length == 0;
 
   const auto gradient_of = [&](const Tensor& tensor, void*& data, int64_t (&strides)[4], bool& is_wide) {
@@ -97,8 +97,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   if (!is_empty) {
     DTYPE_SWITCH(query.scalar_type(), "query", scalar_t, [&] {
       // Products of float32 without tensor cores are slow enough not to need a kernel of their own for narrow heads.
-      constexpr int kNarrowest = sizeof(scalar_t) == 2 ? 64 : kWidestBackward;
-      const auto run_width = width <= 64 ? run<scalar_t, kNarrowest> : run<scalar_t, kWidestBackward>;
+      constexpr int kNarrowest = sizeof(scalar_t) == 2 ? 64 : 128;
+      const auto run_width = width <= 64    ? run<scalar_t, kNarrowest>
+                             : width <= 128 ? run<scalar_t, 128>
+                                            : run<scalar_t, 256>;
       run_width(device, p);
     });
   }

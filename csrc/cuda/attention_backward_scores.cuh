@@ -4,7 +4,7 @@
 // the gradient of its weight.
 
 #include "attention_backward_config.h"
-#include "attention_tiles.cuh"
+#include "attention_block.cuh"
 #include "attention_weights.cuh"
 
 namespace gpt4fast {
@@ -24,7 +24,19 @@ struct alignas(16) BackwardShared {
   static constexpr int kStride = padded_width<scalar_t>(kWidth);
   scalar_t rows[2][Config::kRows * kStride];
   scalar_t tiles[2][kBackwardStages][Config::kTile * kStride];
-  float lse[kBackwardStages][Config::kTile], deltas[kBackwardStages][Config::kTile];
+};
+
+template <typename HeadRows>
+struct BackwardRows : SequenceRows<BackwardLaunch, HeadRows> {
+  using Base = SequenceRows<BackwardLaunch, HeadRows>;
+  using Base::Base, Base::batch, Base::p, Base::sequence;
+
+  __device__ __forceinline__ HeadRows out(uint32_t head) const {
+    return {p.out, p.out_strides, batch, head, sequence.query_begin, p.value_dim, p.out_is_wide};
+  }
+  __device__ __forceinline__ HeadRows grad_out(uint32_t head) const {
+    return {p.grad_out, p.grad_out_strides, batch, head, sequence.query_begin, p.value_dim, p.grad_out_is_wide};
+  }
 };
 
 // In units of log 2; +inf for a query that sees nothing, whose weights are then 0.

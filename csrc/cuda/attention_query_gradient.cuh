@@ -24,26 +24,15 @@ __global__ void __launch_bounds__(QueryGradientConfig<scalar_t, kWidth>::kThread
   if (sequence.tile * kRows >= sequence.query_length) {
     return;
   }
-  const int64_t batch = sequence.batch, batch_in_memory = p.cu_seqlens_q ? 0 : batch;
+  const int64_t batch = sequence.batch;
   const auto first_query = static_cast<int>(sequence.tile) * kRows;
   const auto query_length = static_cast<int>(sequence.query_length);
   const Positions positions(p, sequence);
-  const auto as_key = [&](int64_t key) { return as_row(key, sequence.key_length); };
-  const int last_query = min(first_query + kRows, query_length) - 1;
-  const int first_key = as_key(positions.lower(first_query)), last_key = as_key(positions.upper(last_query));
-  const int first_tile = first_key / kKeys, tiles = first_key < last_key ? (last_key + kKeys - 1) / kKeys : first_tile;
-  // Tiles of which each of the block's queries sees all.
-  const int first_whole = (as_key(positions.lower(last_query)) + kKeys - 1) / kKeys,
-            wholes = as_key(positions.upper(first_query)) / kKeys;
+  const auto range = seen_keys<kKeys, kRows>(positions, sequence, first_query);
 
-  const HeadRows query(p.query, p.query_strides, batch_in_memory, head, sequence.query_begin, p.head_dim,
-                       p.query_is_wide);
-  const HeadRows grad_out(p.grad_out, p.grad_out_strides, batch_in_memory, head, sequence.query_begin, p.value_dim,
-                          p.grad_out_is_wide);
-  const HeadRows out(p.out, p.out_strides, batch_in_memory, head, sequence.query_begin, p.value_dim, p.out_is_wide);
-  const HeadRows keys(p.key, p.key_strides, batch_in_memory, kv_head, sequence.key_begin, p.head_dim, p.key_is_wide);
-  const HeadRows values(p.value, p.value_strides, batch_in_memory, kv_head, sequence.key_begin, p.value_dim,
-                        p.value_is_wide);
+  const BackwardRows<HeadRows> rows(p, sequence);
+  const HeadRows query = rows.query(head), grad_out = rows.grad_out(head), out = rows.out(head),
+                 keys = rows.keys(kv_head), values = rows.values(kv_head);
   query.template load<kRows>(shared_query, first_query, 0, query_length);
   grad_out.template load<kRows>(shared_grad_out, first_query, 0, query_length);
   static_assert(kRows <= 2 * kBackwardStages * kKeys);  // where tiles go by, there is room for the output before
@@ -54,7 +43,7 @@ __global__ void __launch_bounds__(QueryGradientConfig<scalar_t, kWidth>::kThread
   __syncthreads();
 
   const int first_row = first_query + Config::kWarpRows * warp + lane / 4;  // of a lane, which has each 8th below
-  const int64_t row_of_lse = (batch_in_memory * p.query_heads + head) * p.query_length + sequence.query_begin;
+  const int64_t row_of_lse = rows.first_of_head(head);
   float levels[2 * kParts], deltas[2 * kParts];
 #pragma unroll
   for (int i = 0; i < 2 * kParts; ++i) {
@@ -71,7 +60,7 @@ __global__ void __launch_bounds__(QueryGradientConfig<scalar_t, kWidth>::kThread
     levels[i] = kInfinity;
     if (row < query_length) {
       if (p.grad_lse) {
-        delta -= p.grad_lse[batch_in_memory * p.grad_lse_strides[0] + head * p.grad_lse_strides[1] +
+        delta -= p.grad_lse[rows.batch * p.grad_lse_strides[0] + head * p.grad_lse_strides[1] +
                             (sequence.query_begin + row) * p.grad_lse_strides[2]];
       }
       levels[i] = level_of(p.lse[row_of_lse + row]);
@@ -84,9 +73,9 @@ __global__ void __launch_bounds__(QueryGradientConfig<scalar_t, kWidth>::kThread
   __syncthreads();  // everyone is done with the output
 
   const auto request = [&](int tile) {
-    if (tile < tiles) {
-      keys.template load<kKeys>(shared.tiles[0][tile % kBackwardStages], tile * kKeys, first_key, last_key);
-      values.template load<kKeys>(shared.tiles[1][tile % kBackwardStages], tile * kKeys, first_key, last_key);
+    if (tile < range.tiles) {
+      keys.template load<kKeys>(shared.tiles[0][tile % kBackwardStages], tile * kKeys, range.begin, range.end);
+      values.template load<kKeys>(shared.tiles[1][tile % kBackwardStages], tile * kKeys, range.begin, range.end);
     }
     commit_copies();
   };
@@ -95,9 +84,10 @@ __global__ void __launch_bounds__(QueryGradientConfig<scalar_t, kWidth>::kThread
   const bool plain = is_plain(p);
   const float factor = p.scale * kLog2E;
   float sums[kParts][kWidth / 8][4] = {};
-  request(first_tile);
+  uint64_t kept = 0;  // of the weights for the 64 keys among which a tile lies
+  request(range.first_tile);
 #pragma unroll 1
-  for (int tile = first_tile; tile < tiles; ++tile) {
+  for (int tile = range.first_tile; tile < range.tiles; ++tile) {
     wait_for_copies<0>();
     __syncthreads();  // everyone's copies are there, and everyone is done with the tiles that are overwritten next
     request(tile + 1);
@@ -112,7 +102,7 @@ __global__ void __launch_bounds__(QueryGradientConfig<scalar_t, kWidth>::kThread
         grad = exp2_fast(score * factor - levels[i]) * (grad - deltas[i]);
       });
     }
-    if (!plain || tile < first_whole || wholes <= tile) {
+    if (!plain || !range.is_whole(tile)) {
       int from[2 * kParts], to[2 * kParts];  // of this tile, in 32 bits
 #pragma unroll
       for (int i = 0; i < 2 * kParts; ++i) {
@@ -124,18 +114,21 @@ __global__ void __launch_bounds__(QueryGradientConfig<scalar_t, kWidth>::kThread
         for_each_score(
             grads, [&](float& grad, int i, int column) { grad = from[i] <= column && column < to[i] ? grad : 0.0f; });
       } else {
-        const uint64_t kept = p.dropout.seed
-                                  ? kept_weights<kParts, kKeys / 8>(p.dropout, batch, head, first_row, first_column)
-                                  : ~uint64_t{0};
+        const int place = tile * kKeys % 64;  // among them
+        if (p.dropout.seed && (place == 0 || tile == range.first_tile)) {
+          kept = kept_weights<kParts, 8>(p.dropout, batch, head, first_row, first_column - place);
+        }
+        const uint64_t kept_here = kept >> place / 4;
         const auto distance = static_cast<float>(first_row + positions.offset - first_column);
         for_each_pair(scores, grads, [&](float& score, float& grad, int i, int column) {
           const int row = first_row + 8 * i, key = first_column + column;
           bool is_seen = from[i] <= column && column < to[i];
           if (is_seen) {
             float* target = p.grad_scores ? p.grad_scores + (row_of_lse + row) * p.kv_length + key : nullptr;
-            is_seen = scoring.differentiate(score, grad, row, key, distance + static_cast<float>(8 * i - column),
-                                            kept >> (kKeys / 4 * i + column / 8 * 2 + column % 2) & 1, levels[i],
-                                            deltas[i], target);
+            is_seen =
+                scoring.differentiate(score, grad, row, key, distance + static_cast<float>(8 * i - column),
+                                      !p.dropout.seed || (kept_here >> (16 * i + column / 8 * 2 + column % 2) & 1),
+                                      levels[i], deltas[i], target);
           }
           grad = is_seen ? grad : 0.0f;
           score = is_seen ? score : -kInfinity;
@@ -158,7 +151,7 @@ __global__ void __launch_bounds__(QueryGradientConfig<scalar_t, kWidth>::kThread
     number = p.scale;
   }
   const int first_warp_row = first_query + Config::kWarpRows * warp;
-  auto* target = static_cast<scalar_t*>(p.grad_query) + batch_in_memory * p.grad_query_strides[0] +
+  auto* target = static_cast<scalar_t*>(p.grad_query) + rows.batch * p.grad_query_strides[0] +
                  head * p.grad_query_strides[1] + (sequence.query_begin + first_warp_row) * p.grad_query_strides[2];
   write_rows<scalar_t, kWidth, kParts>(sums, factors, shared_query + Config::kWarpRows * warp * kStride, target,
                                        p.grad_query_strides, min(Config::kWarpRows, query_length - first_warp_row),

@@ -83,6 +83,23 @@ __device__ __forceinline__ uint64_t kept_weights(const Dropout& dropout, int64_t
   return kept;
 }
 
+// Likewise of a query's weights for 64 keys: bit 8 * number + k of word h is of key 16 * number + 8 * h + k. 16 lanes
+// draw them, each for a key of the first 16, and get word key / 8 of the block of 64.
+__device__ __forceinline__ uint32_t kept_keys(const Dropout& dropout, int64_t batch, uint32_t head, int query,
+                                              int key) {
+  uint32_t words[4], kept = 0;
+  draw_words(words, static_cast<uint64_t>(*dropout.seed), batch, head, query, key);
+#pragma unroll
+  for (int number = 0; number < 4; ++number) {
+    kept |= (words[number] > dropout.last_dropped ? 1u : 0u) << (8 * number + key % 8);
+  }
+#pragma unroll
+  for (int distance = 1; distance < 8; distance *= 2) {
+    kept |= __shfl_xor_sync(0xFFFFFFFFu, kept, distance);
+  }
+  return kept;
+}
+
 // A head's mask.
 struct MaskOfHead {
   const void* mask;

@@ -79,14 +79,12 @@ def cuda_conv_transpose(call: dict) -> str | None:
 
 
 def cuda_attention(call: dict) -> str | None:
-    query, key, value, mask = call["query"], call["key"], call["value"], call.get("attn_mask")
+    query, value, mask = call["query"], call["value"], call.get("attn_mask")
     widest = max(query.shape[-1], value.shape[-1])
     if mask is not None and mask.dtype == torch.float64:
         return "the CUDA kernel of attention takes no float64 mask"
     if call["alibi_slopes"] is not None and needs_grad(call["alibi_slopes"]):
         return "the CUDA kernels of attention give alibi_slopes no gradient"
-    if widest > 128 and needs_grad(query, key, value, mask):
-        return f"the CUDA kernels of attention's gradients take rows of at most 128 numbers, and these have {widest}"
     if widest > 256:
         return f"the CUDA kernels of attention take rows of at most 256 numbers, and these have {widest}"
     return cuda_refusal(query)

@@ -74,8 +74,6 @@ def test_masks(learned, dim, dtype, impl):
     ("name", "dim"), [("full", 64), ("grouped, aligned at the end", 128), ("window", 64), ("causal", 256)]
 )
 def test_gradients_of_attention(name, dim, dtype, impl):
-    if impl == "cuda" and dim > 128:
-        pytest.skip("the CUDA kernels of the gradients take at most 128 numbers")
     shape, options = ATTENTIONS[name]
     tensors = heads(*shape, dim, dtype)
     grad = normal(*tensors[0].shape, dtype=dtype)

@@ -146,9 +146,11 @@ def test_cuda_kernels_refuse_what_they_cannot_serve():
         gpt4fast.attention(*qkv(), attn_mask=torch.zeros(3, 3, dtype=torch.float64), impl="cuda")
     with pytest.raises(RuntimeError, match="alibi_slopes no gradient"):
         gpt4fast.attention(*qkv(), alibi_slopes=torch.ones(2, requires_grad=True), impl="cuda")
-    trained = torch.randn(1, 1, 4, 136, requires_grad=True)
-    with pytest.raises(RuntimeError, match="at most 128 numbers, and these have 136"):
-        gpt4fast.attention(trained, trained, trained, impl="cuda")
+    for width, reason in ((257, "at most 256 numbers, and these have 257"), (256, "CUDA")):  # trained or not
+        for trains in (False, True):
+            wide = torch.randn(1, 1, 4, width, requires_grad=trains)
+            with pytest.raises(RuntimeError, match=reason):
+                gpt4fast.attention(wide, wide, wide, impl="cuda")
     for options in ({"attn_mask": torch.zeros(3, 3)}, {"dropout_p": 0.5}):  # nothing is in the way but the machine
         with pytest.raises(RuntimeError, match="CUDA"):
             gpt4fast.attention(*(t.requires_grad_() for t in qkv()), **options, impl="cuda")

@@ -45,6 +45,54 @@ def test_every_width(dtype):
             assert_close(inputs, **options_named(name, 1, 1, 70, 90))
 
 
+WIDE_NAMES = [
+    "plain", "causal, bottom right", "starts and lengths", "window", "bool mask of whole blocks",
+    "float32 mask, softcap", "dropout, causal", "dropout, mask", "all",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", WIDE_NAMES)
+def test_wide_heads(name, dtype):
+    """Of which a warp sums up the gradients of keys, or those of values: copies of 16 bytes and of single numbers."""
+    dims = (131, 256) if name == "all" else (256, 136)
+    assert_close(make_inputs(1, 2, 1, 37, 70, *dims, dtype), **options_named(name, 1, 2, 37, 70))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_wide_heads_of_packed_sequences(dropout_p, dtype):
+    """Each as if alone; tokens of none have no gradient."""
+    bounds_q, bounds_k = torch.tensor([1, 21, 21, 34]), torch.tensor([2, 41, 44, 60])
+    query, _, _, grad_out = make_inputs(1, 2, 1, 35, 1, 136, 200, dtype)
+    _, key, value, _ = make_inputs(1, 2, 1, 1, 61, 136, 200, dtype)
+    options = {"is_causal": True, "query_offset": 10, "dropout_p": dropout_p, "dropout_seed": torch.tensor([2**40 + 3])}
+    packed = gradients(query, key, value, grad_out, cu_seqlens_q=bounds_q, cu_seqlens_k=bounds_k, **options)
+    for grad, bounds in zip(packed, (bounds_q, bounds_k, bounds_k), strict=True):
+        assert grad[:, :, : bounds[0]].eq(0).all() and grad[:, :, bounds[-1] :].eq(0).all()
+    for index in (0, 2) if dropout_p == 0.0 else (0,):  # which weights are dropped hangs on the sequence's number
+        rows, columns = slice(*bounds_q[index : index + 2]), slice(*bounds_k[index : index + 2])
+        inputs = query[:, :, rows], key[:, :, columns], value[:, :, columns], grad_out[:, :, rows]
+        assert_close(inputs, **options)
+        for whole, part, place in zip(packed, gradients(*inputs, **options), (rows, columns, columns), strict=True):
+            assert torch.equal(whole[:, :, place], part)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_wide_heads_do_not_see_does_not_matter(dtype):
+    """Keys that a mask hides from all queries, and queries from which it hides all keys."""
+    query, key, value, grad_out = make_inputs(1, 1, 1, 20, 70, 136, 200, dtype)
+    mask, columns, rows = torch.rand(20, 70) > 0.3, torch.arange(70) % 3 == 1, torch.arange(20) % 4 == 2
+    mask = (mask & ~columns & ~rows[:, None])[None, None]
+    out, lse = torch.ops.gpt4fast.attention_forward(query, key, value, *cpu.settings_of(query, mask))
+    expected = gradients(query, key, value, grad_out, mask=mask, saved=(out, lse))
+    for hidden, tensors in ((rows, (query, grad_out, out)), (columns, (key, value))):
+        for tensor in tensors:
+            tensor[:, :, hidden] = math.nan
+    got = gradients(query, key, value, grad_out, mask=mask, saved=(out, lse))
+    assert all(map(torch.equal, got, expected))
+
+
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("shape", [(1, 6, 2, 37, 70, 16, 16), (1, 1, 1, 260, 260, 64, 64)])
 def test_several_tiles_of_several_heads(shape, is_causal):
@@ -104,8 +152,8 @@ def test_bad_direct_calls_raise(name, arguments):
 
 
 def test_wide_heads_and_dropout_without_a_seed_raise():
-    with pytest.raises(RuntimeError, match="at most 128"):
-        gradients(*make_inputs(1, 1, 1, 3, 3, 136, 8))
+    with pytest.raises(RuntimeError, match="at most 256"):
+        gradients(*make_inputs(1, 1, 1, 3, 3, 8, 257))
     saved = torch.zeros(1, 1, 3, 8), torch.zeros(1, 1, 3)
     with pytest.raises(RuntimeError, match="dropout_seed"):
         gradients(*make_inputs(1, 1, 1, 3, 3, 8, 8), saved=saved, dropout_p=0.5)

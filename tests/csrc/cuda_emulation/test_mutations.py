@@ -24,7 +24,7 @@ from .test_attention_decode import Case
 
 DECODE, CONVOLUTION, AFFINE = "attention_decode.cu", "conv_transpose.cu", "affine_activation.cu"
 ATTENTION, BACKWARD = "attention_forward.cu", "attention_backward.cu"
-TILES, WEIGHTS, SCORES = (f"attention_{name}.cuh" for name in ("tiles", "weights", "backward_scores"))
+TILES, WEIGHTS, SCORES, BLOCK = (f"attention_{name}.cuh" for name in ("tiles", "weights", "backward_scores", "block"))
 OF_QUERIES, OF_KEYS = "attention_query_gradient.cuh", "attention_key_gradient.cuh"
 NORM, KERNEL, WEIGHT = "batch_norm.cu", "conv_transpose_kernel.cuh", "conv_transpose_weight_gradient.cu"
 BARRIER, WARP_BARRIER = "__syncthreads();", "__syncwarp();"
@@ -133,9 +133,9 @@ FAULTS = {
     "gradient of queries: no barrier after the output": (BACKWARD, OF_QUERIES, BARRIER + "  // everyone is", "// is"),
     "gradient of queries: keys of a tile that not all queries see": (
         BACKWARD,
-        OF_QUERIES,
-        "wholes = as_key(positions.upper(first_query)) / kKeys",
-        "wholes = as_key(positions.upper(last_query)) / kKeys",
+        BLOCK,
+        "as_key(positions.upper(first))};",
+        "as_key(positions.upper(last))};",
     ),
     "gradient of queries: sign of lse's gradient": (BACKWARD, OF_QUERIES, "delta -= p.grad_lse", "delta += p.grad_lse"),
     "gradient of queries: hidden keys are multiplied": (
@@ -167,18 +167,38 @@ FAULTS = {
     ),
     "gradient of keys: queries of a tile that do not see all keys": (
         BACKWARD,
-        OF_KEYS,
-        "positions.first(first_key + kKeys - 1)",
-        "positions.first(first_key)",
+        BLOCK,
+        "positions.first(first + kRows - 1)",
+        "positions.first(first)",
     ),
     "gradient of keys: the first head alone": (BACKWARD, OF_KEYS, "kv_head * group + step / count", "kv_head * group"),
     "gradient of keys: a query that sees nothing": (
         BACKWARD,
         OF_KEYS,
-        "shared.lse[slot][row] == -kInfinity &&",
+        "notes_of(query_tile, row).lse == -kInfinity &&",
         "false &&",
     ),
-    "gradient of keys: the word of a query": (BACKWARD, OF_KEYS, "word_of(words, row)", "word_of(words, query)"),
+    "gradient of keys: a weight of the key 8 before": (BACKWARD, OF_KEYS, ".kept[i % 2] >>", ".kept[0] >>"),
+    "gradient of keys: drawn for the block's first 16": (
+        BACKWARD,
+        OF_KEYS,
+        "first_key / 64 * 64 + key);",
+        "first_key + key);",
+    ),
+    "gradient of keys: a lane's draw is not passed on": (BACKWARD, WEIGHTS, "distance < 8;", "distance < 4;"),
+    "gradient of queries: drawn once": (
+        BACKWARD,
+        OF_QUERIES,
+        "(place == 0 || tile == range.first_tile)",
+        "tile == range.first_tile",
+    ),
+    "gradient of wide keys: that of values": (
+        BACKWARD,
+        OF_KEYS,
+        "sums_keys ? query_tile :",
+        "!sums_keys ? query_tile :",
+    ),
+    "gradient of wide keys: a warp beside its keys": (BACKWARD, OF_KEYS, "warp % Config::kRowWarps *", "warp / 2 *"),
     "convolution: slice not waited for": (
         CONVOLUTION,
         KERNEL,
@@ -343,7 +363,8 @@ def backward_battery(ops) -> None:
     backward.assert_close(inputs, is_causal=True, query_offset=60, window_left=50, grad_lse=torch.randn(1, 4, 70))
     mask = torch.randn(1, 4, 70, 150)
     backward.assert_close(inputs, mask=mask, softcap=1.5, **DROPS)
-    backward.assert_close(backward.make_inputs(1, 2, 1, 40, 20, 7, 9), is_causal=True)
+    backward.assert_close(backward.make_inputs(1, 2, 1, 40, 60, 7, 9), is_causal=True, query_offset=20, **DROPS)
+    backward.assert_close(backward.make_inputs(1, 1, 1, 18, 66, 136, 136, torch.float16))
     hidden = torch.arange(150) % 2 == 0
     mask.masked_fill_(hidden, -math.inf)[:, :, 30] = -math.inf
     query, key, value, grad_out = (x.clone() for x in inputs)
