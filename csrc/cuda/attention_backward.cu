@@ -4,7 +4,8 @@
 // next takes tiles of keys past the queries that see them, for the gradients of keys and values. Each sum is one
 // block's, in a fixed order and without atomics. Both compute Q K^T and dO V^T, seven products where five would do, but
 // in either the weights of a warp's own rows are in its registers as the next product wants them, and never in shared
-// memory. Not yet run on a GPU.
+// memory. In heads of more than 128 numbers a warp has room for the sums of keys, or of values: eight products. Not yet
+// run on a GPU.
 #include <optional>
 #include <tuple>
 #include <vector>

@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(KeyGradientConfig<scalar_t, kWidth>::kThreads,
 #pragma unroll 2
     for (int i = 0; i < kQueries; i += kAtOnce) {
       const int row = i + threadIdx.x / 16;
-      const uint32_t kept = kept_keys(p.dropout, batch, head, first + row, first_key / 64 * 64 + key);
+      const uint32_t kept = kept_keys(p.dropout, batch, head, first + row, first_key + key);
       if (key % 8 == 0) {
         notes_of(query_tile, row).kept[key / 8] = kept;
       }

@@ -116,15 +116,19 @@ def expected_gradients(query, key, value, grad_out, grad_lse=None, mask=None, dt
 
 
 def summed_roundings(query, key, value, grad_out, grad_lse=None, mask=None, **options) -> list[Tensor]:
-    """What the gradients would be without any cancellation: one rounding of every addend errs by eps times this.
+    """One rounding of every addend of the gradients errs by eps times this.
 
-    The rounding of the saved lse is one of exp's argument, so it counts as often as lse is large.
+    In float32 it is what they would be without any cancellation; the rounding of the saved lse is one of exp's
+    argument, so it counts as often as lse is large. In half types lse is exact beside a rounding, and as roundings are
+    many and independent, their squares add up: what they can be at worst is as large as the gradients themselves.
     """
     group = query.shape[1] // max(key.shape[1], 1)
+    is_half = query.dtype != torch.float32
     query, key, value, grad_out = (x.double() for x in (query, key, value, grad_out))
     out, lse, weights = definition(query, key, value, mask, **options)
     undropped = definition(query, key, value, mask, **options | {"dropout_p": 0})[2]
-    weights, undropped = (x * lse.abs().clamp(min=1).unsqueeze(-1) for x in (weights, undropped))
+    if not is_half:
+        weights, undropped = (x * lse.abs().clamp(min=1).unsqueeze(-1) for x in (weights, undropped))
     of_rows = (grad_out * out).abs().sum(-1, keepdim=True)
     if grad_lse is not None:
         of_rows = of_rows + grad_lse.abs().unsqueeze(-1)
@@ -134,12 +138,16 @@ def summed_roundings(query, key, value, grad_out, grad_lse=None, mask=None, **op
     def of_keys(x):
         return x.unflatten(1, (-1, group)).sum(2) if group else x
 
+    power = 2 if is_half else 1
+    grads, weights, key, query, grad_out = (x.abs() ** power for x in (grads, weights, key, query, grad_out))
     sums = [
-        grads @ key.abs().repeat_interleave(group, 1) * scale,
-        of_keys(grads.mT @ query.abs()) * scale,
-        of_keys(weights.mT @ grad_out.abs()),
+        grads @ key.repeat_interleave(group, 1) * scale**power,
+        of_keys(grads.mT @ query) * scale**power,
+        of_keys(weights.mT @ grad_out),
     ]
-    return sums if mask is None or mask.dtype == torch.bool else [*sums, grads.sum_to_size(mask.shape)]
+    if mask is not None and mask.dtype != torch.bool:
+        sums.append(grads.sum_to_size(mask.shape))
+    return [x ** (1 / power) for x in sums]
 
 
 def assert_close(inputs, mask=None, grad_lse=None, **options):

@@ -89,10 +89,11 @@ def test_gradients_of_attention(name, dim, dtype, impl):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dim", [64, 128, 256])
 @pytest.mark.parametrize("learned", [False, True], ids=["bool", "float"])
-def test_gradients_with_mask_and_dropout(learned, dtype, impl):
+def test_gradients_with_mask_and_dropout(learned, dim, dtype, impl):
     """Against the reference, which drops the same weights: torch drops others."""
-    tensors = heads(2, 4, 2, 333, 500, 64, dtype)
+    tensors = heads(2, 4, 2, 333, 500, dim, dtype)
     tensors.append(mask_like(tensors, learned))
     grad = normal(*tensors[0].shape, dtype=dtype)
 

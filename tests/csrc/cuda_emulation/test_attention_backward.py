@@ -93,6 +93,14 @@ def test_what_wide_heads_do_not_see_does_not_matter(dtype):
     assert all(map(torch.equal, got, expected))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dropout_from_the_middle_of_a_draw_on(dtype):
+    """What is drawn for 64 keys serves several tiles, of which the first may lie anywhere in them."""
+    options = {"kv_starts": torch.tensor([44]), "dropout_p": 0.4, "dropout_seed": torch.tensor([2**50 + 1])}
+    for dim in (64, 128, 256):
+        assert_close(make_inputs(1, 1, 1, 20, 70, dim, 8, dtype), **options)
+
+
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("shape", [(1, 6, 2, 37, 70, 16, 16), (1, 1, 1, 260, 260, 64, 64)])
 def test_several_tiles_of_several_heads(shape, is_causal):
