@@ -23,8 +23,10 @@ from .build import ROOT, build
 from .test_attention_decode import Case
 
 DECODE, CONVOLUTION, AFFINE = "attention_decode.cu", "conv_transpose.cu", "affine_activation.cu"
-ATTENTION, BACKWARD = "attention_forward.cu", "attention_backward.cu"
-TILES, WEIGHTS, SCORES = (f"attention_{name}.cuh" for name in ("tiles", "weights", "backward_scores"))
+ATTENTION, HOPPER, BACKWARD = "attention_forward.cu", "attention_forward_hopper.cu", "attention_backward.cu"
+TILES, BLOCK, WEIGHTS, SCORES = (
+    f"attention_{name}.cuh" for name in ("tiles", "forward_block", "weights", "backward_scores")
+)
 OF_QUERIES, OF_KEYS = "attention_query_gradient.cuh", "attention_key_gradient.cuh"
 NORM, KERNEL, WEIGHT = "batch_norm.cu", "conv_transpose_kernel.cuh", "conv_transpose_weight_gradient.cu"
 BARRIER, WARP_BARRIER = "__syncthreads();", "__syncwarp();"
@@ -90,24 +92,24 @@ FAULTS = {
     "attention: the next sequence's query": (ATTENTION, TILES, "to = end - first;", "to = end - first + 1;"),
     "attention: a row too many": (
         ATTENTION,
-        ATTENTION,
-        "row < query_length) {",
-        "row <= query_length) {",
+        BLOCK,
+        "row < sequence.query_length) {",
+        "row <= sequence.query_length) {",
     ),
     "attention: keys of a tile that not all queries see": (
         ATTENTION,
-        ATTENTION,
+        BLOCK,
         "wholes = as_key(positions.upper(first_query)) / kKeys",
         "wholes = as_key(positions.upper(last_query)) / kKeys",
     ),
     "attention: keys before the first of a tile": (
         ATTENTION,
-        ATTENTION,
+        BLOCK,
         "first_whole = (as_key(positions.lower(last_query)) + kKeys - 1)",
         "first_whole = (as_key(positions.lower(first_query)) + kKeys - 1)",
     ),
     "attention: lane of a key": (ATTENTION, "attention_products.cuh", "lane / 8 % 2 * 8", "lane / 16 * 8"),
-    "attention: mask of a row too many": (ATTENTION, ATTENTION, "!kAlters || row < query_length ?", "true ?"),
+    "attention: mask of a row too many": (ATTENTION, ATTENTION, "first_row + 8 * i < query_length ?", "true ?"),
     "attention: mask transposed": (ATTENTION, WEIGHTS, "query * row_stride + key * stride", "key * row_stride + query"),
     "attention: hidden values are multiplied": (
         ATTENTION,
@@ -123,6 +125,37 @@ FAULTS = {
     ),
     "attention: a word of another key": (ATTENTION, WEIGHTS, "key % 64 / 16;", "key % 32 / 16;"),
     "attention: the weight beside is dropped": (ATTENTION, WEIGHTS, "2 * (n + k) + j);", "2 * (n + k) + 1 - j);"),
+    "hopper: tile not waited for": (
+        HOPPER,
+        HOPPER,
+        "wait_for_copies<0>();\n      synch",
+        "wait_for_copies<1>();\n      synch",
+    ),
+    "hopper: no barrier": (HOPPER, HOPPER, f"publish_writes();\n    {BARRIER}", "publish_writes();"),
+    "hopper: tile not published": (HOPPER, HOPPER, f"publish_writes();\n    {BARRIER}", BARRIER),
+    "hopper: scores not waited for": (HOPPER, HOPPER, "wait_for_products<1>", "wait_for_products<2>"),
+    "hopper: output not waited for": (
+        HOPPER,
+        HOPPER,
+        "wait_for_products<0>();\n      settle(out[0]);\n      shrink_row(out, 0, shrinks[0]);",
+        "shrink_row(out, 0, shrinks[0]);\n      wait_for_products<0>();",
+    ),
+    "hopper: weights that are still multiplied": (
+        HOPPER,
+        HOPPER,
+        "weigh(tile + 1);\n      wait_for_products<0>();",
+        "weigh(tile + 1);\n      pack_all();\n      wait_for_products<0>();",
+    ),
+    "hopper: keys that are still multiplied": (HOPPER, HOPPER, "shared.keys, tile + 2", "shared.keys, tile + 3"),
+    "hopper: queries of another group": (HOPPER, HOPPER, "warp / 4 * 64, d", "0, d"),
+    "hopper: no barrier before the result": (
+        HOPPER,
+        HOPPER,
+        f"{BARRIER}\n  float shares",
+        "float shares",
+    ),
+    "hopper: columns not exchanged": (HOPPER, "swizzled_tile.cuh", "(column / 8 ^ row) % 8", "column / 8 % 8"),
+    "hopper: distance of panels": (HOPPER, "swizzled_tile.cuh", "uint64_t{2 * kPanel / 16}", "uint64_t{kPanel / 16}"),
     "gradient of queries: tile not waited for": (
         BACKWARD,
         OF_QUERIES,
@@ -335,6 +368,14 @@ def attention_battery(ops) -> None:
     assert all(map(torch.equal, attend(query, key, value, mask, **DROPS), expected))
 
 
+def hopper_battery(ops) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GPT4FAST_WGMMA", "1")
+        for widths in ((64, 64), (40, 128)):
+            assert_close(*make_inputs(1, 1, 1, 200, 500, *widths, torch.float16), is_causal=True, query_offset=280)
+        assert_close(*make_inputs(1, 1, 1, 9, 500, 7, 3, torch.bfloat16))
+
+
 DROPS = {"dropout_p": 0.4, "dropout_seed": torch.tensor([2**62 + 5])}
 
 
@@ -386,10 +427,11 @@ def norm_battery(ops) -> None:
 
 
 # Sources that an operator needs besides its own.
-OTHERS = {CONVOLUTION: [WEIGHT], NORM: [AFFINE]}
+OTHERS = {CONVOLUTION: [WEIGHT], NORM: [AFFINE], ATTENTION: [HOPPER], HOPPER: [ATTENTION]}
 BATTERIES = {
     DECODE: decode_battery,
     ATTENTION: attention_battery,
+    HOPPER: hopper_battery,
     BACKWARD: backward_battery,
     CONVOLUTION: convolution_battery,
     AFFINE: affine_battery,
