@@ -48,8 +48,9 @@ class Device {
  public:
   explicit Device(const torch::stable::Tensor& tensor);
 
-  // Multiprocessors.
+  // Multiprocessors, and the bytes of shared memory that each of them has.
   int processors() const { return processors_; }
+  int shared_bytes() const { return shared_bytes_; }
 
   template <typename... Parameters, typename... Arguments>
   void launch(void (*kernel)(Parameters...), int64_t blocks, unsigned threads, size_t shared_bytes,
@@ -59,7 +60,7 @@ class Device {
   torch::stable::Tensor fresh(const torch::stable::Tensor& tensor) const;
 
  private:
-  int processors_;
+  int processors_, shared_bytes_;
 #if defined(__CUDACC__)
   int32_t index_;
   torch::stable::accelerator::DeviceGuard guard_;
@@ -73,15 +74,16 @@ void allow_access(const void* data, int64_t bytes, bool writable);
 #if defined(__CUDACC__)
 
 // Asked once: a call to the driver at every launch takes the host as long as the launch.
-inline int count_processors(int32_t device) {
+template <cudaDeviceAttr kAttribute>
+int attribute_of(int32_t device) {
   static std::array<std::atomic<int>, 64> known{};
   std::atomic<int>& kept = known.at(static_cast<size_t>(device));
-  int count = kept;
-  if (count == 0) {
-    STD_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-    kept = count;
+  int value = kept;
+  if (value == 0) {
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, kAttribute, device));
+    kept = value;
   }
-  return count;
+  return value;
 }
 
 // Likewise: whether it is the first launch of a kernel on a device.
@@ -93,7 +95,8 @@ inline bool is_first_launch(const void* kernel, int32_t device) {
 }
 
 inline Device::Device(const torch::stable::Tensor& tensor)
-    : processors_(count_processors(tensor.get_device_index())),
+    : processors_(attribute_of<cudaDevAttrMultiProcessorCount>(tensor.get_device_index())),
+      shared_bytes_(attribute_of<cudaDevAttrMaxSharedMemoryPerMultiprocessor>(tensor.get_device_index())),
       index_(tensor.get_device_index()),
       guard_(tensor.get_device_index()) {
   void* stream = nullptr;
@@ -127,7 +130,7 @@ __device__ __forceinline__ Shared& shared_memory() {
 
 #else
 
-inline Device::Device(const torch::stable::Tensor&) : processors_(4) {
+inline Device::Device(const torch::stable::Tensor&) : processors_(4), shared_bytes_(228 << 10) {
   emulation::forget_accesses();
 }
 
