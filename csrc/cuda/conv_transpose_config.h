@@ -53,40 +53,39 @@ struct ConvTransposePlan {
 
 inline constexpr int64_t kMostSplits = 16;
 
-// The clocks that the blocks take, in waves of as many as there is shared memory for. A multiprocessor fetches slices
-// for one of its blocks at a time, from the L2 cache, which on an H200 gives it some 32 bytes a clock; and multiplies
-// for one at a time, 1280 numbers of 16 bits a clock by mma.sync, or 128 exactly. A block alone waits in each step
-// besides: at a barrier, for addresses, and for matrices from shared memory. Its first slices and its outputs take some
-// 3000 clocks. Splits, of which one wave must have room for all, take a kernel that adds them up: 5000, and float32
-// sums go through the L2 cache twice.
+// The clocks that the blocks take, in waves of as many as there is shared memory for. On an H200 a multiprocessor
+// fetched slices at 16 bytes a clock, for one of its blocks at a time, whatever the tile (within 10% in five layers of
+// benchmarks/LOG.md); exactly it multiplies 128 numbers a clock, and by mma.sync some 1280 of 16 bits. A block alone
+// waits 1500 clocks for memory, with as many slices on their way as there are other stages, and in each step at a
+// barrier and for matrices from shared memory. Its first slices and its outputs take some 3000 clocks. Splits, of which
+// one wave must have room for all, take a kernel that adds them up: 5000, and their float32 sums are written and read.
 template <typename Tile>
 constexpr int64_t estimate_clocks(const ConvTransposeSize& size, Products products, const Multiprocessors& device,
                                   int64_t splits) {
-  constexpr int64_t kFixed = 3000, kSum = 5000, kBytes = 32;
+  constexpr int64_t kBytes = 16, kLatency = 1500, kFixed = 3000, kSum = 5000;
   constexpr int64_t kReserved = 1024;  // bytes of shared memory, by the driver, for each block
   const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
-  const int64_t tiles =
-      ceil_div(size.pixels, Tile::kPixels) * size.phases * ceil_div(size.channels, Tile::kChannels) * size.groups;
+  const int64_t blocks = ceil_div(size.pixels, Tile::kPixels) * size.phases * ceil_div(size.channels, Tile::kChannels) *
+                         size.groups * splits;
   const int64_t steps = ceil_div(size.taps * ceil_div(size.depth_bytes, Tile::kDepthBytes), splits);
   const int64_t fetch = (Tile::kPixels + Tile::kChannels) * Tile::kDepthBytes / kBytes;
   const int64_t multiply =
       Tile::kPixels * Tile::kChannels * Tile::kDepthBytes / (products == Products::ieee ? 4 * 128 : 2 * 1280);
-  const int64_t alone = 200 + 2 * Tile::kDepthBytes + multiply;
-  const auto wave = [&](int64_t blocks) {  // on each multiprocessor
-    return kFixed + steps * std::max(alone, blocks * std::max(fetch, multiply));
+  const int64_t alone = kLatency / (Tile::kStages - 1) + 200 + 2 * Tile::kDepthBytes + multiply;
+  const auto wave = [&](int64_t each) {  // of so many blocks on a multiprocessor
+    return kFixed + steps * std::max(alone, each * std::max(fetch, multiply));
   };
   const int64_t together = std::max<int64_t>(1, device.shared_bytes / (Tile::kSharedBytes + kReserved));
-  const int64_t blocks = tiles * splits, most = device.count * together;
-  const int64_t clocks =
-      blocks / most * wave(together) + (blocks % most ? wave(ceil_div(blocks % most, device.count)) : 0);
+  const int64_t most = device.count * together, rest = blocks % most;
+  const int64_t clocks = blocks / most * wave(together) + (rest > 0 ? wave(ceil_div(rest, device.count)) : 0);
   if (splits == 1) {
     return clocks;
   }
   if (blocks > most) {
     return INT64_MAX;
   }
-  const int64_t sum_bytes = 8 * splits * size.pixels * size.phases * size.channels * size.groups;
-  return clocks + kSum + sum_bytes / (kBytes * device.count);
+  const int64_t outputs = size.pixels * size.phases * size.channels * size.groups;
+  return clocks + kSum + 2 * splits * outputs * int64_t{sizeof(float)} / (kBytes * device.count);
 }
 
 // The plan that takes the least time; of several, the one with the fewest splits and the largest tile. Exact products

@@ -205,8 +205,7 @@ def conv_transpose_with_statistics(implementation: str, call: dict, eps: float) 
 
     Returns:
         Of the function: the output, and what a batch norm behind it needs of each channel, (Cout,), float32, without
-        gradients: mean, 1 / sqrt(variance + eps) and the biased variance. The kernels take them where they write the
-        output.
+        gradients: mean, 1 / sqrt(variance + eps) and the biased variance.
     """
     choose(CONV_TRANSPOSE, implementation, call)  # or raises
     geometry = (call[name] for name in ("stride", "padding", "output_padding", "groups", "dilation"))

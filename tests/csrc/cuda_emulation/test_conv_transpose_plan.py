@@ -24,14 +24,14 @@ ROOM = {"large": 2, "medium": 3, "small": 3, "narrow": 3}  # blocks on a multipr
 # for 1 and 64 images.
 LAYERS = {
     "DCGAN 100→512, 1²": ((1, 16, 512, 1, 104), ("small", 1), ("small", 1)),
-    "DCGAN 512→256, 4²": ((16, 4, 256, 4, 512), ("small", 16), ("large", 4)),
+    "DCGAN 512→256, 4²": ((16, 4, 256, 4, 512), ("small", 16), ("large", 2)),
     "DCGAN 256→128, 8²": ((64, 4, 128, 4, 256), ("small", 16), ("large", 1)),
-    "DCGAN 128→64, 16²": ((256, 4, 64, 4, 128), ("small", 1), ("medium", 1)),
+    "DCGAN 128→64, 16²": ((256, 4, 64, 4, 128), ("small", 8), ("medium", 1)),
     "DCGAN 64→3, 32²": ((1024, 4, 3, 4, 64), ("small", 1), ("narrow", 1)),
-    "pix2pix 512→512, 1²": ((1, 4, 512, 1, 512), ("small", 1), ("small", 1)),
+    "pix2pix 512→512, 1²": ((1, 4, 512, 1, 512), ("small", 8), ("small", 4)),
     "pix2pix 1024→512, 8²": ((64, 4, 512, 4, 1024), ("small", 8), ("large", 1)),
     "pix2pix 128→3, 128²": ((16384, 4, 3, 4, 128), ("narrow", 1), ("narrow", 1)),
-    "HiFi-GAN 512→256, T 100": ((100, 8, 256, 2, 512), ("small", 1), ("large", 1)),
+    "HiFi-GAN 512→256, T 100": ((100, 8, 256, 2, 512), ("large", 8), ("large", 1)),
     "HiFi-GAN 256→128, T 800": ((800, 8, 128, 2, 256), ("small", 1), ("large", 1)),
     "HiFi-GAN 128→64, T 6400": ((6400, 2, 64, 2, 128), ("small", 1), ("medium", 1)),
     "HiFi-GAN 64→32, T 12800": ((12800, 2, 32, 2, 64), ("narrow", 1), ("narrow", 1)),
@@ -122,12 +122,13 @@ def test_multiprocessors_are_occupied(plans, name, batch):
 
 def test_an_estimate_by_hand(plans):
     """DCGAN's 512→256 at 4², 64 images, in 256 tiles of 64 x 64: 2 on each of most multiprocessors, which fetch 2 x 128
-    rows of 128 bytes in each of 32 steps. In two splits, 512 blocks are more than the 396 that there is room for."""
+    rows of 128 bytes in each of 32 steps: 36 us at 1.9 GHz, as measured. In two splits, 512 blocks are more than the
+    396 that there is room for."""
     size = size_of(LAYERS["DCGAN 512→256, 4²"][0], 64)
-    assert plans.clocks(size, HALF, "small", 1) == 3000 + 32 * 2 * 128 * 128 // 32
+    assert plans.clocks(size, HALF, "small", 1) == 3000 + 32 * 2 * 128 * 128 // 16
     assert plans.clocks(size, HALF, "small", 2) == 2**63 - 1
-    sums = 8 * 2 * 4096 * 256 // (32 * 132)
-    assert plans.clocks(size, HALF, "large", 2) == 3000 + 32 * (200 + 2 * 64 + 409) + 5000 + sums
+    sums = 8 * 2 * 4096 * 256 // (16 * 132)
+    assert plans.clocks(size, HALF, "large", 2) == 3000 + 32 * (500 + 200 + 2 * 64 + 409) + 5000 + sums
 
 
 sizes = st.tuples(
