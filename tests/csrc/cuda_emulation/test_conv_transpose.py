@@ -34,7 +34,7 @@ SHAPES = {
     "narrow tiles": ((1, 40, 6, 50), (3, 2, 1), 1, 0, 0, 1, 1),
     "splits of large tiles": ((1, 8, 8), (66, 16), 1, 0, 0, 1, 1),
     "splits of medium tiles": ((2, 8, 9), (3, 16), 1, 0, 0, 1, 1),
-    "splits of small tiles": ((1, 80, 2, 3), (40, 4, 4), 1, 0, 0, 1, 1),
+    "splits of small tiles": ((1, 136, 2, 3), (40, 3, 3), 1, 0, 0, 1, 1),
     "splits of narrow tiles": ((1, 72, 97), (16, 4), 1, 0, 0, 1, 1),
     "splits of a phase without taps": ((1, 72, 6), (7, 20), 2, 0, 0, 1, 2),
 }
