@@ -320,10 +320,14 @@ void launch_products(const Device& device, ConvTransposeLaunch& p, const torch::
   switch (plan.tile) {
     case TileChoice::narrow: return launch_tile<scalar_t, kProducts, NarrowTile>(device, p, out, parts);
     case TileChoice::small: return launch_tile<scalar_t, kProducts, SmallTile>(device, p, out, parts);
-    default:
+    case TileChoice::medium:
       if constexpr (kProducts != Products::ieee) {
-        plan.tile == TileChoice::large ? launch_tile<scalar_t, kProducts, LargeTile>(device, p, out, parts)
-                                       : launch_tile<scalar_t, kProducts, MediumTile>(device, p, out, parts);
+        launch_tile<scalar_t, kProducts, MediumTile>(device, p, out, parts);
+      }
+      break;
+    case TileChoice::large:
+      if constexpr (kProducts != Products::ieee) {
+        launch_tile<scalar_t, kProducts, LargeTile>(device, p, out, parts);
       }
   }
 }

@@ -214,7 +214,7 @@ FAULTS = {
     "splits: a step too few": (CONVOLUTION, KERNEL, "min(each, steps - first)", "min(each - 1, steps - first)"),
     "splits: all from the first slice": (CONVOLUTION, KERNEL, "slice = first % slices;", "slice = 0;"),
     "splits: all from the first tap": (CONVOLUTION, KERNEL, "tap_w = tap % along_w.taps;", "tap_w = 0;"),
-    "splits: no place to begin from": (CONVOLUTION, KERNEL, "slice == 0 || step == 0", "slice == 0"),
+    "splits: from a tap's first channel": (CONVOLUTION, KERNEL, "channel = slice * kDepth;", "channel = 0;"),
     "splits: channels of the weight's first slice": (
         CONVOLUTION,
         KERNEL,
