@@ -50,8 +50,9 @@ class Device {
  public:
   explicit Device(const torch::stable::Tensor& tensor);
 
-  // Multiprocessors.
+  // Multiprocessors, and the bytes of shared memory that each of them has.
   int processors() const { return processors_; }
+  int shared_bytes() const { return shared_bytes_; }
 
   // Whether it runs what is compiled for sm_90a. The emulation does.
   bool is_hopper() const { return is_hopper_; }
@@ -64,7 +65,7 @@ class Device {
   torch::stable::Tensor fresh(const torch::stable::Tensor& tensor) const;
 
  private:
-  int processors_;
+  int processors_, shared_bytes_;
   bool is_hopper_;
 #if defined(__CUDACC__)
   int32_t index_;
@@ -101,6 +102,7 @@ inline bool is_first_launch(const void* kernel, int32_t device) {
 
 inline Device::Device(const torch::stable::Tensor& tensor)
     : processors_(attribute_of<cudaDevAttrMultiProcessorCount>(tensor.get_device_index())),
+      shared_bytes_(attribute_of<cudaDevAttrMaxSharedMemoryPerMultiprocessor>(tensor.get_device_index())),
       is_hopper_(attribute_of<cudaDevAttrComputeCapabilityMajor>(tensor.get_device_index()) == 9),
       index_(tensor.get_device_index()),
       guard_(tensor.get_device_index()) {
@@ -135,7 +137,7 @@ __device__ __forceinline__ Shared& shared_memory() {
 
 #else
 
-inline Device::Device(const torch::stable::Tensor&) : processors_(4), is_hopper_(true) {
+inline Device::Device(const torch::stable::Tensor&) : processors_(4), shared_bytes_(228 << 10), is_hopper_(true) {
   emulation::forget_accesses();
 }
 

@@ -29,6 +29,7 @@ TILES, BLOCK, WEIGHTS, SCORES = (
 )
 OF_QUERIES, OF_KEYS = "attention_query_gradient.cuh", "attention_key_gradient.cuh"
 NORM, KERNEL, WEIGHT = "batch_norm.cu", "conv_transpose_kernel.cuh", "conv_transpose_weight_gradient.cu"
+SUMS = "block_sums.cu"
 BARRIER, WARP_BARRIER = "__syncthreads();", "__syncwarp();"
 
 # (source of the operator, file, what stands there, what is planted)
@@ -243,6 +244,30 @@ FAULTS = {
         "static_cast<int>(w) * along_w.source_stride",
         "static_cast<int>(w)",
     ),
+    "splits: a step too few": (CONVOLUTION, KERNEL, "min(each, steps - first)", "min(each - 1, steps - first)"),
+    "splits: all from the first slice": (CONVOLUTION, KERNEL, "slice = first % slices;", "slice = 0;"),
+    "splits: all from the first tap": (CONVOLUTION, KERNEL, "tap_w = tap % along_w.taps;", "tap_w = 0;"),
+    "splits: from a tap's first channel": (CONVOLUTION, KERNEL, "channel = slice * kDepth;", "channel = 0;"),
+    "splits: channels of the weight's first slice": (
+        CONVOLUTION,
+        KERNEL,
+        "(channel + thread / kEach)",
+        "thread / kEach",
+    ),
+    "splits: all in one place": (CONVOLUTION, KERNEL, "p.sums + shared.part * p.numel", "p.sums"),
+    "splits: the bias of another channel": (CONVOLUTION, SUMS, "index / p.inner % p.channels", "index % p.channels"),
+    "convolution: no barrier after the epilogue": (
+        CONVOLUTION,
+        KERNEL,
+        f"  {BARRIER}\n  write(static_cast",
+        "  write(static_cast",
+    ),
+    "convolution: a stride of two pixels is widened": (
+        CONVOLUTION,
+        CONVOLUTION,
+        "p.in_size[axis] == 1",
+        "p.in_size[axis] <= 2",
+    ),
     "sums: no barrier between the halves": (
         CONVOLUTION,
         "block_sums.cuh",
@@ -278,15 +303,15 @@ FAULTS = {
     ),
     "weight gradient: part left out": (
         CONVOLUTION,
-        "block_sums.cuh",
+        SUMS,
         "part < p.number; part += kSum",
         "part + 1 < p.number; part += kSum",
     ),
     "convolution: no barrier after the sums": (
         CONVOLUTION,
         KERNEL,
-        f"{BARRIER}\n  auto* out",
-        "\n  auto* out",
+        f"{BARRIER}\n  const auto write",
+        "\n  const auto write",
     ),
     "convolution: a column beside the image": (CONVOLUTION, KERNEL, "w < p.in_size[2]", "w <= p.in_size[2]"),
     "convolution: taps the other way round": (
@@ -319,6 +344,12 @@ FAULTS = {
         "conv_transpose_products.cuh",
         "channels + lane % 16",
         "channels + lane % 8",
+    ),
+    "layout: rows in the order of the source": (
+        CONVOLUTION,
+        "conv_transpose_layout.cuh",
+        "is_row ? row : -1",
+        "is_row ? first_row + lane : -1",
     ),
     "layout: no barrier": (CONVOLUTION, "conv_transpose_layout.cuh", BARRIER, ""),
     "layout: a channel too many": (
@@ -396,9 +427,14 @@ def backward_battery(ops) -> None:
 
 
 def convolution_battery(ops) -> None:
-    for name, dtype in (("doubling", torch.float16), ("odd channels", torch.float32), ("groups", torch.bfloat16)):
+    for name, dtype in (
+        ("doubling", torch.float16),
+        ("odd channels", torch.float32),
+        ("groups", torch.bfloat16),
+        ("splits of small tiles", torch.float16),
+    ):
         input, weight, bias, geometry = convolution.operands(name, dtype)
-        layouts = [torch.channels_last] if name == "doubling" else []
+        layouts = [torch.channels_last] if input.dim() == 4 else []
         for layout in (torch.contiguous_format, *layouts):
             same = weight.contiguous(memory_format=layout)
             output, _, _, variance = convolution.with_statistics(ops, input, same, bias, geometry, 0.0)
@@ -427,7 +463,12 @@ def norm_battery(ops) -> None:
 
 
 # Sources that an operator needs besides its own.
-OTHERS = {CONVOLUTION: [WEIGHT], NORM: [AFFINE], ATTENTION: [HOPPER], HOPPER: [ATTENTION]}
+OTHERS = {
+    CONVOLUTION: [WEIGHT, NORM, SUMS],
+    NORM: [AFFINE, SUMS],
+    ATTENTION: [HOPPER],
+    HOPPER: [ATTENTION],
+}
 BATTERIES = {
     DECODE: decode_battery,
     ATTENTION: attention_battery,
