@@ -9,6 +9,7 @@ Of each kernel in libgpt4fast_cuda.so, for each architecture:
     wide, narrow         instructions that read or write 16 bytes of global memory a thread, or fewer
     asynchronous         of the wide ones, those that copy to shared memory without the thread waiting
     matrices             instructions that read matrices from shared memory
+    waits                instructions that wait for wgmma's products
 """
 
 from __future__ import annotations
@@ -57,11 +58,12 @@ def describe(library: Path) -> dict[str, dict[str, int]]:
         found[f"{architecture} {title(name)}"] = {
             "registers": used["REG"],
             "spills": used["LOCAL"] + used["STACK"],
-            "tensor cores": len(re.findall(r"\bHMMA\.", text)),
+            "tensor cores": len(re.findall(r"\bHG?MMA\.", text)),
             "wide": len(wide),
             "narrow": len(accesses) - len(wide),
             "asynchronous": sum(access.startswith("LDGSTS") for access in wide),
             "matrices": len(re.findall(r"\bLDSM\.", text)),
+            "waits": len(re.findall(r"\bWARPGROUP\.DEPBAR\.", text)),
         }
     return dict(sorted(found.items()))
 

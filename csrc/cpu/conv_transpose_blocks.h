@@ -34,19 +34,26 @@ inline int64_t size_of(const ConvTransposeParams& p, int axis) {
 //   fine + padding - tap * dilation = coarse * stride.
 // A transposed convolution goes from the coarse grid to the fine one, its adjoint, a convolution, back.
 
-// The inputs that a block's outputs are made of, and perhaps others between them.
-inline Block inputs_of(const ConvTransposeParams& p, const Block& outputs) {
+// The inputs that a block's outputs are made of, by the taps [first_tap, last_tap], and perhaps others between them.
+inline Block inputs_of(const ConvTransposeParams& p, const Block& outputs, const int64_t (&first_tap)[3],
+                       const int64_t (&last_tap)[3]) {
   Block inputs = outputs;
   for (int axis = 0; axis < 3; ++axis) {
     const int64_t begin = outputs.first[axis + 1], end = begin + outputs.count[axis + 1] - 1;
     const int64_t stride = p.stride[axis], padding = p.padding[axis];
-    const int64_t reach = (p.kernel[axis] - 1) * p.dilation[axis];
-    const int64_t first = p.is_adjoint ? begin * stride - padding : divide_up(begin + padding - reach, stride);
-    const int64_t last = p.is_adjoint ? end * stride - padding + reach : divide_down(end + padding, stride);
-    inputs.first[axis + 1] = most<int64_t>(first, 0);
+    const int64_t nearest = first_tap[axis] * p.dilation[axis], farthest = last_tap[axis] * p.dilation[axis];
+    const int64_t first =
+        p.is_adjoint ? begin * stride - padding + nearest : divide_up(begin + padding - farthest, stride);
+    const int64_t last =
+        p.is_adjoint ? end * stride - padding + farthest : divide_down(end + padding - nearest, stride);
+    inputs.first[axis + 1] = least(most<int64_t>(first, 0), p.in_size[axis]);
     inputs.count[axis + 1] = most<int64_t>(least(last, p.in_size[axis] - 1) - inputs.first[axis + 1] + 1, 0);
   }
   return inputs;
+}
+
+inline Block inputs_of(const ConvTransposeParams& p, const Block& outputs) {
+  return inputs_of(p, outputs, {0, 0, 0}, {p.kernel[0] - 1, p.kernel[1] - 1, p.kernel[2] - 1});
 }
 
 // Calls use(offset, pixel, count) for a block of a tensor (N, C, *sizes): runs of count pixels that lie at one distance

@@ -20,6 +20,7 @@ namespace {
 constexpr int64_t kMostInputs = 512;       // pixels of a block
 constexpr int64_t kPairs = 128;            // steps whose outputs stay in L1, 32 KiB
 constexpr int64_t kMostBytes = 512 << 10;  // of a block's outputs, for the channels of one tile
+constexpr int64_t kMostSums = 6 << 20;     // bytes of sums and inputs
 
 // A pair: the pixel's place among a block's inputs, and among the outputs.
 struct Pair {
@@ -109,11 +110,13 @@ struct Plan : Scratch {
   int64_t inputs, outputs, taps;  // channels of a group
   int64_t width, parts;           // channels of a tile, and tiles
   Blocks blocks;                  // of inputs
+  bool by_taps;                   // each tap's outputs are copied by themselves, since all would be many more
   int64_t input_row;              // between channels of the copied inputs
-  T* input;                       // (inputs, input_row)
+  int64_t rows_at_once;           // input channels
+  T* input;                       // (rows_at_once, input_row)
   T* output;                      // (pixels, width), then a row of zeros
   T* steps;                       // (kPairs, width, kDepth) where kDepth is 2
-  float* sums;                    // (taps, inputs, width)
+  float* sums;                    // (taps, rows_at_once, width)
   Pair* pairs;                    // (pixels of a block of inputs)
   const T** rows;                 // (pixels, rounded up to kDepth): the output that meets each, or zeros
 
@@ -123,21 +126,34 @@ struct Plan : Scratch {
         inputs(p.in_channels / p.groups),
         outputs(p.out_channels / p.groups),
         taps(p.kernel[0] * p.kernel[1] * p.kernel[2]),
-        blocks(adjoint, kMostInputs) {
+        blocks(adjoint, kMostInputs),
+        by_taps(false) {
     const int64_t vectors = divide_up(outputs, kLanes);
     width = divide_up(vectors, divide_up(vectors, kTileVectors)) * kLanes;
     parts = divide_up(outputs, width);
-    for (int64_t pixels = kMostInputs;
-         pixels > 16 && blocks.most_inputs() * width * static_cast<int64_t>(sizeof(T)) > kMostBytes;) {
-      pixels /= 2;
-      blocks = Blocks(adjoint, pixels);
+    const auto copied = [&] { return by_taps ? blocks.most_inputs_of_tap() : blocks.most_inputs(); };
+    const auto are_many = [&] { return copied() * width * static_cast<int64_t>(sizeof(T)) > kMostBytes; };
+    const auto cut = [&] {
+      blocks = Blocks(adjoint, kMostInputs);
+      for (int64_t pixels = kMostInputs; pixels > 16 && are_many();) {
+        pixels /= 2;
+        blocks = Blocks(adjoint, pixels);
+      }
+    };
+    cut();
+    by_taps = are_many() && blocks.most_inputs() > taps * blocks.most_inputs_of_tap();
+    if (by_taps) {
+      cut();
     }
     const int64_t pixels = blocks.largest().size();
     input_row = round_up(pixels, kLanes) + kLanes;  // no power of 2: rows would share few lines of L1
-    take(input, inputs * input_row);
-    take(output, (blocks.most_inputs() + 1) * width);
+    const int64_t row_bytes =
+        taps * width * static_cast<int64_t>(sizeof(float)) + input_row * static_cast<int64_t>(sizeof(T));
+    rows_at_once = least(most<int64_t>(kMostSums / row_bytes / kTileRows, 1) * kTileRows, inputs);
+    take(input, rows_at_once * input_row);
+    take(output, (copied() + 1) * width);
     take(steps, kDepth<T> > 1 ? kPairs * width * kDepth<T> : 0);
-    take(sums, taps * inputs * width);
+    take(sums, taps * rows_at_once * width);
     take(pairs, pixels);
     take(rows, kDepth<T> > 1 ? pixels + kDepth<T> : 0);
   }
@@ -162,7 +178,8 @@ class Kernel {
     const int64_t tiles = divide_up(plan.inputs, kTileRows), tasks = p.groups * plan.parts * tiles;
     const int64_t last = tasks * (thread + 1) / threads;
     for (int64_t task = tasks * thread / threads; task < last;) {
-      const int64_t part = task / tiles, tile = task % tiles, count = least(tiles - tile, last - task);
+      const int64_t part = task / tiles, tile = task % tiles;
+      const int64_t count = least(least(tiles - tile, last - task), divide_up(plan.rows_at_once, kTileRows));
       first_ = tile * kTileRows;
       rows_ = least(count * kTileRows, plan.inputs - first_);
       compute(part / plan.parts, part % plan.parts);
@@ -175,16 +192,23 @@ class Kernel {
     std::memset(plan.sums, 0, static_cast<size_t>(plan.taps * rows_ * plan.width) * sizeof(float));
     for (int64_t index = 0; index < plan.blocks.count(); ++index) {
       inputs_ = plan.blocks[index];
-      outputs_ = inputs_of(plan.adjoint, inputs_);
       copy_inputs(group);
-      copy_outputs(group, part);
+      if (!plan.by_taps) {
+        outputs_ = inputs_of(plan.adjoint, inputs_);
+        copy_outputs(group, part);
+      }
       float* sums = plan.sums;
       for (int64_t d = 0; d < p.kernel[0]; ++d) {
-        const Reached depths = reached_by(plan.adjoint, inputs_, outputs_, 0, d);
         for (int64_t h = 0; h < p.kernel[1]; ++h) {
-          const Reached rows = reached_by(plan.adjoint, inputs_, outputs_, 1, h);
           for (int64_t w = 0; w < p.kernel[2]; ++w, sums += rows_ * plan.width) {
-            add_tap(find_pairs(depths, rows, reached_by(plan.adjoint, inputs_, outputs_, 2, w)), sums);
+            if (plan.by_taps) {
+              outputs_ = inputs_of(plan.adjoint, inputs_, {d, h, w}, {d, h, w});
+              copy_outputs(group, part);
+            }
+            const auto reached = [&](int axis, int64_t tap) {
+              return reached_by(plan.adjoint, inputs_, outputs_, axis, tap);
+            };
+            add_tap(find_pairs(reached(0, d), reached(1, h), reached(2, w)), sums);
           }
         }
       }

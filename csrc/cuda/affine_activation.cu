@@ -16,39 +16,40 @@ using torch::stable::Tensor;
 struct AffineActivationLaunch : AffineActivationParams {
   const float *mean, *rstd;  // (channels,), or null
   Activation activation;
+  HalfType half;
 };
 
 struct Affine {
   float offset, factor, shift;
 };
 
-// Memory is the limit, so that one kernel serves every activation: the branch is the same for all threads.
-template <typename scalar_t>
+// One kernel serves every activation: the branch is the same for all threads.
+template <typename element_t>
 __global__ void __launch_bounds__(kVectorThreads) affine_activation_kernel(const AffineActivationLaunch params) {
-  constexpr int kSize = Vector<scalar_t>::kSize;
+  constexpr int kSize = Vector<element_t>::kSize;
   const int64_t begin = (static_cast<int64_t>(blockIdx.x) * kVectorThreads + threadIdx.x) * kSize;
   if (begin >= params.numel) {
     return;
   }
-  Vector<scalar_t> values = load_vector<scalar_t>(params.input, begin, params.numel);
-  const auto number = [](const float* values, int64_t channel, float absent) {
-    return values ? values[channel] : absent;
+  Vector<element_t> values = load_vector<element_t>(params.input, begin, params.numel);
+  const auto number = [](const float* vector, int64_t channel, float absent) {
+    return vector ? vector[channel] : absent;
   };
   const auto read = [&](int64_t channel) {
     return Affine{number(params.bias, channel, 0.0f) - number(params.mean, channel, 0.0f),
                   number(params.scale, channel, 1.0f) * number(params.rstd, channel, 1.0f),
                   number(params.shift, channel, 0.0f)};
   };
-  float affine[kSize];
-  for_channels<kSize>(begin, params.numel, params.inner, params.channels, read, [&](int k, const Affine& a) {
-    affine[k] = a.factor * (static_cast<float>(values.elements[k]) + a.offset) + a.shift;
-  });
+  float numbers[kSize];
+  values.get(numbers, params.half);
+  for_channels<kSize>(begin, params.numel, params.inner, params.channels, read,
+                      [&](int k, const Affine& a) { numbers[k] = a.factor * (numbers[k] + a.offset) + a.shift; });
   ACTIVATION_SWITCH(params.activation, kActivation, [&] {
-#pragma unroll
     for (int k = 0; k < kSize; ++k) {
-      values.elements[k] = static_cast<scalar_t>(activate<kActivation>(affine[k], params.negative_slope));
+      numbers[k] = activate<kActivation>(numbers[k], params.negative_slope);
     }
   });
+  values.set(numbers, params.half);
   store_vector(params.output, values, begin, params.numel);
 }
 
@@ -57,14 +58,15 @@ Tensor run(const Tensor& input, const std::optional<Tensor>& bias, const std::op
            double negative_slope) {
   const Device device(input);
   const auto launch = [&]<typename scalar_t, Activation kActivation>(const AffineActivationParams& params) {
-    const AffineActivationLaunch p{params, mean, rstd, kActivation};
-    allow_access(p.input, p.numel * sizeof(scalar_t), false);
-    allow_access(p.output, p.numel * sizeof(scalar_t), true);
+    using element_t = element_of<scalar_t>;
+    const AffineActivationLaunch p{params, mean, rstd, kActivation, half_type(input.scalar_type())};
+    allow_access(p.input, p.numel * sizeof(element_t), false);
+    allow_access(p.output, p.numel * sizeof(element_t), true);
     for (const float* parameters : {p.bias, p.scale, p.shift, p.mean, p.rstd}) {
       allow_access(parameters, p.channels * sizeof(float), false);
     }
-    const int64_t blocks = ceil_div(p.numel, Vector<scalar_t>::kSize * kVectorThreads);
-    device.launch(affine_activation_kernel<scalar_t>, blocks, kVectorThreads, 0, p);
+    const int64_t blocks = ceil_div(p.numel, Vector<element_t>::kSize * kVectorThreads);
+    device.launch(affine_activation_kernel<element_t>, blocks, kVectorThreads, 0, p);
   };
   return run_affine_activation(input, bias, scale, shift, activation, negative_slope, launch);
 }

@@ -167,7 +167,7 @@ __global__ void __launch_bounds__(DecodeConfig<scalar_t, cache_t, kWidth>::kThre
       column += first_column;
       score = rows[i].lower <= column && column < rows[i].upper ? score : -kInfinity;
     });
-    exponentiate(scores, 1.0f, peaks, totals, out);
+    exponentiate(scores, 1.0f, peaks, totals, [&](int i, float by) { shrink_row(out, i, by); });
     const scalar_t* numbers = next_tile(step + 1, false);
     if constexpr (Config::kIsScaled) {
       for_each_score(scores, [&](float& score, int, int column) {

@@ -10,9 +10,9 @@
 
 #include "common/dtypes.h"
 #include "common/empty.h"
+#include "cuda/attention_forward_block.cuh"
 #include "cuda/attention_forward_config.h"
-#include "cuda/attention_tiles.cuh"
-#include "cuda/attention_weights.cuh"
+#include "cuda/attention_forward_hopper.h"
 
 namespace gpt4fast {
 namespace {
@@ -20,12 +20,6 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
-
-struct AttentionLaunch : AttentionForwardParams {
-  Dropout dropout;
-  int64_t tiles;                                                // of queries: of a sequence, or of all packed ones
-  bool query_is_wide, key_is_wide, value_is_wide, out_is_wide;  // rows can be moved 16 bytes at a time
-};
 
 template <typename scalar_t, int kWidth, bool kAlters>
 struct alignas(16) AttentionShared {
@@ -44,35 +38,25 @@ __global__ void __launch_bounds__(AttentionConfig<scalar_t, kWidth, kAlters>::kT
   constexpr int kStride = padded_width<scalar_t>(kWidth);
   auto& shared = shared_memory<AttentionShared<scalar_t, kWidth, kAlters>>();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const auto heads = static_cast<uint32_t>(p.query_heads);
-  const uint32_t head = blockIdx.x % heads, kv_head = head / (heads / static_cast<uint32_t>(p.kv_heads));
-  // The last queries first: causal ones have most to do.
-  const Sequence sequence(p, gridDim.x / heads - 1 - blockIdx.x / heads, p.tiles, kRows, false);
+  const BlockHead head(p);
+  const Sequence sequence = block_sequence(p, kRows);
   if (sequence.tile * kRows >= sequence.query_length) {
     return;
   }
   const int64_t batch = sequence.batch;
   const int64_t batch_in_memory = p.cu_seqlens_q ? 0 : batch;  // packed sequences lie in one
-  const auto first_query = static_cast<int>(sequence.tile) * kRows;
-  const auto query_length = static_cast<int>(sequence.query_length);
-
   const Positions positions(p, sequence);
-  const auto as_key = [&](int64_t key) { return as_row(key, sequence.key_length); };
-  const int last_query = min(first_query + kRows, query_length) - 1;
-  const int first_key = as_key(positions.lower(first_query)), last_key = as_key(positions.upper(last_query));
-  const int first_tile = first_key / kKeys, tiles = first_key < last_key ? (last_key + kKeys - 1) / kKeys : first_tile;
-  // Tiles of which each of the block's queries sees all.
-  const int first_whole = (as_key(positions.lower(last_query)) + kKeys - 1) / kKeys,
-            wholes = as_key(positions.upper(first_query)) / kKeys;
+  const SeenTiles<kRows, kKeys> tiles(sequence, positions);
+  const int first_query = tiles.first_query, query_length = tiles.query_length;
 
-  const HeadRows query(p.query, p.query_strides, batch_in_memory, head, sequence.query_begin, p.head_dim,
+  const HeadRows query(p.query, p.query_strides, batch_in_memory, head.query, sequence.query_begin, p.head_dim,
                        p.query_is_wide);
-  const HeadRows keys(p.key, p.key_strides, batch_in_memory, kv_head, sequence.key_begin, p.head_dim, p.key_is_wide);
-  const HeadRows values(p.value, p.value_strides, batch_in_memory, kv_head, sequence.key_begin, p.value_dim,
+  const HeadRows keys(p.key, p.key_strides, batch_in_memory, head.key, sequence.key_begin, p.head_dim, p.key_is_wide);
+  const HeadRows values(p.value, p.value_strides, batch_in_memory, head.key, sequence.key_begin, p.value_dim,
                         p.value_is_wide);
   const auto request = [&](const HeadRows& rows, scalar_t(&stages)[kStages][kKeys* kStride], int tile) {
-    if (tile < tiles) {
-      rows.template load<kKeys>(stages[tile % kStages], tile * kKeys, first_key, last_key);
+    if (tile < tiles.end) {
+      rows.template load<kKeys>(stages[tile % kStages], tile * kKeys, tiles.first_key, tiles.last_key);
     }
     commit_copies();  // the first group has the query, too
   };
@@ -94,13 +78,13 @@ __global__ void __launch_bounds__(AttentionConfig<scalar_t, kWidth, kAlters>::kT
   query.template load<kRows>(shared.query, first_query, 0, query_length);
 #pragma unroll
   for (int stage = 0; stage < kStages; ++stage) {
-    request(keys, shared.keys, first_tile + stage);
+    request(keys, shared.keys, tiles.first + stage);
     if (stage < kStages - 1) {
-      request(values, shared.values, first_tile + stage);
+      request(values, shared.values, tiles.first + stage);
     }
   }
 #pragma unroll 1
-  for (int tile = first_tile; tile < tiles; ++tile) {
+  for (int tile = tiles.first; tile < tiles.end; ++tile) {
     float scores[kParts][kKeys / 8][4] = {};
     wait();
     request(values, shared.values, tile + kStages - 1);
@@ -108,34 +92,22 @@ __global__ void __launch_bounds__(AttentionConfig<scalar_t, kWidth, kAlters>::kT
                                                 shared.keys[tile % kStages]);
     const int first_column = tile * kKeys + lane % 4 * 2;
     if (!is_plain) {
-      if (p.softcap != 0.0f) {
-        const float scale = p.scale / p.softcap, cap = p.softcap * kLog2E;
-        for_each_score(scores, [&](float& score, int, int) { score = cap * tanhf(scale * score); });
-      } else {
-        const float scale = p.scale * kLog2E;
-        for_each_score(scores, [&](float& score, int, int) { score *= scale; });
-      }
-      if (p.alibi_slopes) {
-        const float slope = kLog2E * p.alibi_slopes[batch * p.alibi_strides[0] + head * p.alibi_strides[1]];
-        const auto distance = static_cast<float>(first_row + positions.offset - first_column);
-        for_each_score(scores, [&](float& score, int i, int column) {
-          score -= slope * fabsf(distance + static_cast<float>(8 * i - column));
-        });
-      }
+      bend_scores(p, scores, batch, head.query, static_cast<float>(first_row + positions.offset - first_column));
     }
-    if ((kAlters && p.mask) || tile < first_whole || wholes <= tile) {
-      int from[2 * kParts], to[2 * kParts];  // of this tile, in 32 bits
+    if ((kAlters && p.mask) || !tiles.is_whole(tile)) {
+      int from[2 * kParts], to[2 * kParts];
+      see_columns<kParts, kKeys>(positions, first_row, first_column, from, to);
+      if (kAlters) {
 #pragma unroll
-      for (int i = 0; i < 2 * kParts; ++i) {
-        const int64_t row = first_row + 8 * i;  // with 32 bits nvcc 13.0 spilled five registers more
-        from[i] = within(positions.lower(row) - first_column, kKeys);
-        to[i] = !kAlters || row < query_length ? within(positions.upper(row) - first_column, kKeys) : -kKeys;
+        for (int i = 0; i < 2 * kParts; ++i) {
+          to[i] = first_row + 8 * i < query_length ? to[i] : -kKeys;  // what a mask has no row for
+        }
       }
       for_each_score(scores, [&](float& score, int i, int column) {
         score = from[i] <= column && column < to[i] ? score : -kInfinity;
       });
       if (kAlters && p.mask) {
-        const MaskOfHead mask(p, batch, head);
+        const MaskOfHead mask(p, batch, head.query);
         for_each_score(scores, [&](float& score, int i, int column) {
           if (from[i] <= column && column < to[i]) {
             const float bias = mask.read(first_row + 8 * i, first_column + column);
@@ -145,9 +117,9 @@ __global__ void __launch_bounds__(AttentionConfig<scalar_t, kWidth, kAlters>::kT
         seen.note(scores);
       }
     }
-    exponentiate(scores, factor, peaks, totals, out);
+    exponentiate(scores, factor, peaks, totals, [&](int i, float by) { shrink_row(out, i, by); });
     if (kAlters && p.dropout.seed) {
-      const uint64_t kept = kept_weights<kParts, kKeys / 8>(p.dropout, batch, head, first_row, first_column);
+      const uint64_t kept = kept_weights<kParts, kKeys / 8>(p.dropout, batch, head.query, first_row, first_column);
       for_each_score(scores, [&](float& score, int i, int column) {
         score = kept >> (kKeys / 4 * i + column / 8 * 2 + column % 2) & 1 ? score : 0.0f;
       });
@@ -166,20 +138,10 @@ __global__ void __launch_bounds__(AttentionConfig<scalar_t, kWidth, kAlters>::kT
   __syncthreads();
   scalar_t* rows = shared.query + Config::kWarpRows * warp * kStride;
   float shares[2 * kParts];
-#pragma unroll
-  for (int i = 0; i < 2 * kParts; ++i) {
-    float total = totals[i];
-    total += __shfl_xor_sync(0xFFFFFFFFu, total, 1);
-    total += __shfl_xor_sync(0xFFFFFFFFu, total, 2);
-    shares[i] = total == 0.0f ? 0.0f : (kAlters ? p.dropout.scale : 1.0f) / total;
-    const int row = first_row + 8 * i;
-    if (lane % 4 == 0 && row < query_length) {
-      p.lse[(batch_in_memory * p.query_heads + head) * p.query_length + sequence.query_begin + row] =
-          total == 0.0f ? -kInfinity : (peaks[i] + log2f(total)) * kLn2;
-    }
-  }
+  write_lse<kParts>(p, sequence, batch_in_memory, head.query, first_row, kAlters ? p.dropout.scale : 1.0f, peaks,
+                    totals, shares);
   const int first_warp_row = first_query + Config::kWarpRows * warp;
-  auto* result = static_cast<scalar_t*>(p.out) + batch_in_memory * p.out_strides[0] + head * p.out_strides[1] +
+  auto* result = static_cast<scalar_t*>(p.out) + batch_in_memory * p.out_strides[0] + head.query * p.out_strides[1] +
                  (sequence.query_begin + first_warp_row) * p.out_strides[2];
   write_rows<scalar_t, kWidth, kParts>(out, shares, rows, result, p.out_strides,
                                        min(Config::kWarpRows, query_length - first_warp_row),
@@ -191,11 +153,8 @@ void launch(const Device& device, AttentionLaunch& p) {
   using Config = AttentionConfig<scalar_t, kWidth, kAlters>;
   constexpr size_t kSharedBytes = sizeof(AttentionShared<scalar_t, kWidth, kAlters>);
   static_assert(kSharedBytes <= kMostSharedBytes);
-  // Each packed sequence may end with a tile that is not full.
-  p.tiles = ceil_div(p.query_length, Config::kRows) + (p.cu_seqlens_q ? p.batch : 0);
-  const int64_t sequences = p.cu_seqlens_q ? 1 : p.batch;
-  device.launch(attention_forward_kernel<scalar_t, kWidth, kAlters>, sequences * p.tiles * p.query_heads,
-                Config::kThreads, kSharedBytes, p);
+  device.launch(attention_forward_kernel<scalar_t, kWidth, kAlters>, query_blocks(p, Config::kRows), Config::kThreads,
+                kSharedBytes, p);
 }
 
 template <typename scalar_t, int kWidth>
@@ -238,6 +197,11 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const
   allow_attention(query, key, value, settings);
   if (lse.numel() > 0) {
     DTYPE_SWITCH(query.scalar_type(), "query", scalar_t, [&] {
+      if constexpr (sizeof(scalar_t) == 2) {
+        if (takes_hopper(device, p)) {
+          return attend_on_hopper<scalar_t>(device, p);
+        }
+      }
       const auto run_width = width <= 64 ? run<scalar_t, 64> : width <= 128 ? run<scalar_t, 128> : run<scalar_t, 256>;
       run_width(device, p);
     });

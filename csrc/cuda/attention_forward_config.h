@@ -1,7 +1,7 @@
 #pragma once
 
-// Tile sizes of attention_forward.cu: pure functions. Chosen by what fits in registers and shared memory; not yet
-// measured on a GPU.
+// Tile sizes of attention_forward.cu and attention_forward_hopper.cu: pure functions. Chosen by what fits in registers
+// and shared memory.
 
 #include "attention_decode_config.h"
 
@@ -27,6 +27,17 @@ struct AttentionConfig {
   // Tiles of keys, and of values, in shared memory, or on their way there: one of 128 numbers leaves room for two
   // blocks on a multiprocessor.
   static constexpr int kStages = (kRows + 4 * kKeys) * kRowBytes <= kSharedBytes ? 2 : 1;
+};
+
+// On Hopper each group of four warps takes 64 queries. The more queries, the fewer bytes of keys and values are read
+// for each product: some 20 to 32 a clock, where the second-level cache gives some 24 to each multiprocessor. A thread
+// has kKeys / 2 scores, half as many registers of weights and kWidth / 2 of the output.
+template <int kWidth>
+struct HopperAttentionConfig {
+  static constexpr int kGroups = kWidth == 64 ? 3 : 2;
+  static constexpr int kThreads = 128 * kGroups, kRows = 64 * kGroups;
+  static constexpr int kKeys = kWidth == 64 ? 96 : kWidth == 128 ? 128 : 64;
+  static constexpr int kStages = 2;
 };
 
 }  // namespace gpt4fast

@@ -78,6 +78,16 @@ __device__ __forceinline__ void add_scores(float (&scores)[kParts][kKeys / 8][4]
   }
 }
 
+// The weights of 16 keys, as multiply_add takes them.
+template <typename scalar_t>
+__device__ __forceinline__ void pack_weights(uint32_t (&packed)[4], const float (&first)[4], const float (&second)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const auto& pair = i < 2 ? first : second;
+    packed[i] = pack<scalar_t>(pair[i % 2 * 2], pair[i % 2 * 2 + 1]);
+  }
+}
+
 // out += weights @ values
 template <typename scalar_t, int kWidth, int kKeys, int kParts>
 __device__ __forceinline__ void add_values(float (&out)[kParts][kWidth / 8][4],
@@ -111,11 +121,7 @@ __device__ __forceinline__ void add_values(float (&out)[kParts][kWidth / 8][4],
       uint32_t a[kParts][4];
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const auto& pair = weights[part][k + i / 2];
-          a[part][i] = pack<scalar_t>(pair[i % 2 * 2], pair[i % 2 * 2 + 1]);
-        }
+        pack_weights<scalar_t>(a[part], weights[part][k], weights[part][k + 1]);
       }
 #pragma unroll
       for (int n = 0; n < kWidth / 8; n += 2) {
@@ -144,12 +150,11 @@ __device__ __forceinline__ void for_each_score(float (&scores)[kParts][kTiles][4
   }
 }
 
-// A step of softmax: scores become 2^(factor * score - peak), and what was summed up before is brought to the new peak
-// of its row. totals are of a lane's own columns.
-template <int kParts, int kTiles, int kColumns>
+// A step of softmax: scores become 2^(factor * score - peak). What was summed up before is brought to the new peak of
+// its row: totals, of a lane's own columns, here, and the rest by shrink(i, by) for row lane / 4 + 8 * i.
+template <int kParts, int kTiles, typename Shrink>
 __device__ __forceinline__ void exponentiate(float (&scores)[kParts][kTiles][4], float factor,
-                                             float (&peaks)[2 * kParts], float (&totals)[2 * kParts],
-                                             float (&out)[kParts][kColumns][4]) {
+                                             float (&peaks)[2 * kParts], float (&totals)[2 * kParts], Shrink shrink) {
 #pragma unroll
   for (int i = 0; i < 2 * kParts; ++i) {
     auto& rows = scores[i / 2];
@@ -162,8 +167,8 @@ __device__ __forceinline__ void exponentiate(float (&scores)[kParts][kTiles][4],
     peak = fmaxf(peak, __shfl_xor_sync(0xFFFFFFFFu, peak, 1));
     peak = fmaxf(peak, __shfl_xor_sync(0xFFFFFFFFu, peak, 2));
     peak = fmaxf(peaks[i], peak * factor);
-    const float shrink = share(peaks[i], peak), origin = origin_of(peak);
-    float total = totals[i] * shrink;
+    const float by = share(peaks[i], peak), origin = origin_of(peak);
+    float total = totals[i] * by;
     peaks[i] = peak;
 #pragma unroll
     for (int n = 0; n < 2 * kTiles; ++n) {
@@ -172,11 +177,16 @@ __device__ __forceinline__ void exponentiate(float (&scores)[kParts][kTiles][4],
       total += score;
     }
     totals[i] = total;
+    shrink(i, by);
+  }
+}
+
+template <int kParts, int kColumns>
+__device__ __forceinline__ void shrink_row(float (&out)[kParts][kColumns][4], int i, float by) {
 #pragma unroll
-    for (int n = 0; n < kColumns; ++n) {
-      out[i / 2][n][half] *= shrink;
-      out[i / 2][n][half + 1] *= shrink;
-    }
+  for (int n = 0; n < kColumns; ++n) {
+    out[i / 2][n][2 * (i % 2)] *= by;
+    out[i / 2][n][2 * (i % 2) + 1] *= by;
   }
 }
 

@@ -90,6 +90,14 @@ __device__ __forceinline__ int within(int64_t place, int reach) {
   return static_cast<int>(min(max(place, int64_t{-reach}), int64_t{reach}));
 }
 
+// A tile in shared memory whose rows are 16 bytes longer than their numbers (see padded_width).
+template <typename scalar_t, int kWidth>
+struct PaddedTile {
+  static constexpr int kStride = padded_width<scalar_t>(kWidth), kPeriod = 1;
+
+  __device__ __forceinline__ static int place(int row, int column) { return row * kStride + column; }
+};
+
 // Rows of a head's queries, keys or values, of which a thread copies the same 16 bytes of every kStep-th.
 template <typename scalar_t, int kWidth, int kThreads>
 struct Rows {
@@ -110,18 +118,18 @@ struct Rows {
         is_wide(is_wide) {}
 
   // Copies kRows rows from `first` on, with zeros outside [begin, end) and behind the last column.
-  template <int kRows>
+  template <int kRows, typename Tile = PaddedTile<scalar_t, kWidth>>
   __device__ __forceinline__ void load(scalar_t* tile, int first, int begin, int end) const {
-    static_assert(kRows % kStep == 0);
+    static_assert(kRows % kStep == 0 && kStep % Tile::kPeriod == 0);
     const int from = begin - first, to = end - first;
     const scalar_t* source = matrix + (first + first_row) * row_stride + column * stride;
-    scalar_t* target = tile + first_row * padded_width<scalar_t>(kWidth) + column;
+    scalar_t* target = tile + Tile::place(first_row, column);
     if (is_wide) {
       const bool is_column = column < columns;
 #pragma unroll
       for (int i = 0; i < kRows; i += kStep) {
         const bool valid = is_column && from <= first_row + i && first_row + i < to;
-        copy_async<16>(target + i * padded_width<scalar_t>(kWidth), source, valid);
+        copy_async<16>(target + i * Tile::kStride, source, valid);
         source += kStep * row_stride;
       }
     } else {
@@ -129,8 +137,7 @@ struct Rows {
       for (int i = 0; i < kRows / kStep * kCount; ++i) {
         const int row = i / kCount * kStep, k = i % kCount;
         const bool valid = from <= first_row + row && first_row + row < to && column + k < columns;
-        target[row * padded_width<scalar_t>(kWidth) + k] =
-            valid ? source[row * row_stride + k * stride] : static_cast<scalar_t>(0.0f);
+        target[row * Tile::kStride + k] = valid ? source[row * row_stride + k * stride] : static_cast<scalar_t>(0.0f);
       }
     }
   }

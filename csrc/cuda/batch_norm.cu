@@ -1,11 +1,14 @@
 // Batch norm with the batch's statistics and the activation behind it: the statistics of a tensor whose convolution did
 // not take them, and backward the two sums of a channel and the gradient of the input. Forward, the pass that
-// normalises is affine_activation.cu's. Memory is the limit throughout: a thread takes 16 bytes at once where it can.
+// normalises is affine_activation.cu's. Memory is the limit throughout: a thread takes 16 bytes at once where it can,
+// and one kernel serves both half types.
 #include <algorithm>
 #include <tuple>
 #include <vector>
 
 #include <torch/csrc/stable/library.h>
+
+#include "cuda/batch_statistics.h"
 
 #include "affine_activation.h"
 #include "common/strings.h"
@@ -33,6 +36,7 @@ struct BatchNormLaunch {
   int64_t image_rows, rows, rows_of_part, number, tiles;  // number of parts, and of blocks along channels
   Activation activation;
   float negative_slope;
+  HalfType half;
 };
 
 struct Channel {
@@ -73,40 +77,42 @@ struct Place {
   }
 };
 
-template <typename scalar_t>
-__device__ __forceinline__ Vector<scalar_t> load_row(const void* from, int64_t offset, int64_t width) {
-  const auto* source = static_cast<const scalar_t*>(from) + offset;
-  if (width > 1) {
-    return *reinterpret_cast<const Vector<scalar_t>*>(source);
+template <typename element_t>
+__device__ __forceinline__ void load_row(float (&numbers)[Vector<element_t>::kSize], const BatchNormLaunch& p,
+                                         const void* from, int64_t offset) {
+  const auto* source = static_cast<const element_t*>(from) + offset;
+  Vector<element_t> values{};
+  if (p.width > 1) {
+    values = *reinterpret_cast<const Vector<element_t>*>(source);
+  } else {
+    values.elements[0] = source[0];
   }
-  Vector<scalar_t> values{};
-  values.elements[0] = source[0];
-  return values;
+  values.get(numbers, p.half);
 }
 
-template <typename scalar_t>
+template <typename element_t>
 __global__ void __launch_bounds__(kVectorThreads) batch_statistics_kernel(const BatchNormLaunch p) {
-  constexpr int kSize = Vector<scalar_t>::kSize;
+  constexpr int kSize = Vector<element_t>::kSize;
   struct Shared {
     Statistics rows[kVectorThreads];
   };
   Shared& shared = shared_memory<Shared>();
   const Place place(p);
-  Vector<scalar_t> first{};
+  float numbers[kSize] = {};
   if (place.first_row < place.last_row) {
-    first = load_row<scalar_t>(p.input, place.offset(p, place.first_row), p.width);
+    load_row<element_t>(numbers, p, p.input, place.offset(p, place.first_row));
   }
   DifferenceSums sums[kSize];
 #pragma unroll
   for (int k = 0; k < kSize; ++k) {
-    sums[k] = {static_cast<float>(first.elements[k]), 0.0f, 0.0f};
+    sums[k] = {numbers[k], 0.0f, 0.0f};
   }
 #pragma unroll 4
   for (int64_t row = place.first_row; row < place.last_row; row += place.step) {
-    const Vector<scalar_t> values = load_row<scalar_t>(p.input, place.offset(p, row), p.width);
+    load_row<element_t>(numbers, p, p.input, place.offset(p, row));
 #pragma unroll
     for (int k = 0; k < kSize; ++k) {
-      sums[k].add(static_cast<float>(values.elements[k]));
+      sums[k].add(numbers[k]);
     }
   }
   const auto count = static_cast<float>(place.count());
@@ -138,9 +144,9 @@ __global__ void __launch_bounds__(kVectorThreads) batch_statistics_kernel(const 
   }
 }
 
-template <typename scalar_t>
+template <typename element_t>
 __global__ void __launch_bounds__(kVectorThreads) batch_norm_sums_kernel(const BatchNormLaunch p) {
-  constexpr int kSize = Vector<scalar_t>::kSize;
+  constexpr int kSize = Vector<element_t>::kSize;
   struct Shared {
     float2 rows[kVectorThreads];
   };
@@ -157,14 +163,13 @@ __global__ void __launch_bounds__(kVectorThreads) batch_norm_sums_kernel(const B
   ACTIVATION_SWITCH(p.activation, kActivation, [&] {
     for (int64_t row = place.first_row; row < place.last_row; row += place.step) {
       const int64_t offset = place.offset(p, row);
-      const Vector<scalar_t> values = load_row<scalar_t>(p.input, offset, p.width),
-                             grads = load_row<scalar_t>(p.grad_out, offset, p.width);
-#pragma unroll
+      float numbers[kSize], grads[kSize];
+      load_row<element_t>(numbers, p, p.input, offset);
+      load_row<element_t>(grads, p, p.grad_out, offset);
       for (int k = 0; k < kSize; ++k) {
         const Channel& c = channels[k];
-        const float centered = static_cast<float>(values.elements[k]) - c.mean;
-        const float change = activation_gradient<kActivation>(static_cast<float>(grads.elements[k]),
-                                                              c.factor * centered + c.bias, p.negative_slope);
+        const float centered = numbers[k] - c.mean;
+        const float change = activation_gradient<kActivation>(grads[k], c.factor * centered + c.bias, p.negative_slope);
         sums[k].x += change;
         sums[k].y += change * (centered * c.rstd);
       }
@@ -195,24 +200,23 @@ __global__ void __launch_bounds__(kVectorThreads) batch_norm_sums_kernel(const B
   }
 }
 
-template <typename scalar_t>
+template <typename element_t>
 __global__ void __launch_bounds__(kVectorThreads) batch_norm_input_gradient_kernel(const BatchNormLaunch p) {
-  constexpr int kSize = Vector<scalar_t>::kSize;
+  constexpr int kSize = Vector<element_t>::kSize;
   const int64_t begin = (static_cast<int64_t>(blockIdx.x) * kVectorThreads + threadIdx.x) * kSize;
   if (begin >= p.numel) {
     return;
   }
-  Vector<scalar_t> values = load_vector<scalar_t>(p.input, begin, p.numel);
-  const Vector<scalar_t> grads = load_vector<scalar_t>(p.grad_out, begin, p.numel);
-  float change[kSize];
+  Vector<element_t> values = load_vector<element_t>(p.input, begin, p.numel);
+  float numbers[kSize], grads[kSize], change[kSize];
+  values.get(numbers, p.half);
+  load_vector<element_t>(p.grad_out, begin, p.numel).get(grads, p.half);
   const auto affine = [&](int64_t channel) { return channel_of(p, channel); };
-  for_channels<kSize>(begin, p.numel, p.inner, p.channels, affine, [&](int k, const Channel& c) {
-    change[k] = c.factor * (static_cast<float>(values.elements[k]) - c.mean) + c.bias;
-  });
+  for_channels<kSize>(begin, p.numel, p.inner, p.channels, affine,
+                      [&](int k, const Channel& c) { change[k] = c.factor * (numbers[k] - c.mean) + c.bias; });
   ACTIVATION_SWITCH(p.activation, kActivation, [&] {
-#pragma unroll
     for (int k = 0; k < kSize; ++k) {
-      change[k] = activation_gradient<kActivation>(static_cast<float>(grads.elements[k]), change[k], p.negative_slope);
+      change[k] = activation_gradient<kActivation>(grads[k], change[k], p.negative_slope);
     }
   });
   struct Means {
@@ -224,9 +228,9 @@ __global__ void __launch_bounds__(kVectorThreads) batch_norm_input_gradient_kern
     return Means{c.mean, c.factor, p.grad_bias[channel] * share, p.grad_weight[channel] * share * c.rstd};
   };
   for_channels<kSize>(begin, p.numel, p.inner, p.channels, means, [&](int k, const Means& m) {
-    const float centered = static_cast<float>(values.elements[k]) - m.mean;
-    values.elements[k] = static_cast<scalar_t>((change[k] - m.change - centered * m.product) * m.factor);
+    numbers[k] = (change[k] - m.change - (numbers[k] - m.mean) * m.product) * m.factor;
   });
+  values.set(numbers, p.half);
   store_vector(p.grad_input, values, begin, p.numel);
 }
 
@@ -238,6 +242,7 @@ BatchNormLaunch set_tensors(const Device& device, const Tensor& input, const Ten
   BatchNormLaunch p{};
   p.input = input.const_data_ptr();
   p.grad_out = grad_out.const_data_ptr();
+  p.half = half_type(input.scalar_type());
   p.numel = input.numel();
   p.channels = input.size(1);
   p.pixels = p.numel / p.channels;
@@ -264,18 +269,22 @@ BatchNormLaunch set_tensors(const Device& device, const Tensor& input, const Ten
   return p;
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor, Tensor> batch_statistics(const Tensor& input, double eps) {
   CHECK_CUDA(input);
   const Device device(input);
   BatchNormLaunch p = set_tensors(device, input, input);
   const Tensor parts = device.fresh(torch::stable::new_empty(input, {3, p.channels, p.number}, ScalarType::Float));
   p.parts = parts.mutable_data_ptr<float>();
-  DTYPE_SWITCH(input.scalar_type(), "input", scalar_t, [&] {
-    device.launch(batch_statistics_kernel<scalar_t>, p.number * p.tiles, kVectorThreads,
+  ELEMENT_SWITCH(input.scalar_type(), "input", element_t, [&] {
+    device.launch(batch_statistics_kernel<element_t>, p.number * p.tiles, kVectorThreads,
                   kVectorThreads * sizeof(Statistics), p);
   });
   return merge_statistics(device, parts, eps);
 }
+
+namespace {
 
 // Gradients of input, weight and bias.
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const Tensor& input, const Tensor& weight,
@@ -312,14 +321,16 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const Tensor
   p.grad_input = grad_input.mutable_data_ptr();
   p.activation = kind;
   p.negative_slope = static_cast<float>(negative_slope);
-  DTYPE_SWITCH(input.scalar_type(), "input", scalar_t, [&] {
-    device.launch(batch_norm_sums_kernel<scalar_t>, p.number * p.tiles, kVectorThreads, kVectorThreads * sizeof(float2),
-                  p);
-    sum_parts<float>(device, {p.parts, grad_bias.mutable_data_ptr(), p.number, p.channels, 1});
-    sum_parts<float>(device,
-                     {p.parts + p.number * p.channels, grad_weight.mutable_data_ptr(), p.number, p.channels, 1});
-    device.launch(batch_norm_input_gradient_kernel<scalar_t>,
-                  ceil_div(p.numel, Vector<scalar_t>::kSize * kVectorThreads), kVectorThreads, 0, p);
+  ELEMENT_SWITCH(input.scalar_type(), "input", element_t, [&] {
+    device.launch(batch_norm_sums_kernel<element_t>, p.number * p.tiles, kVectorThreads,
+                  kVectorThreads * sizeof(float2), p);
+    const auto sum = [&](const float* parts, const Tensor& total) {
+      sum_parts(device, {parts, total.mutable_data_ptr(), ScalarType::Float, p.number, p.channels, 1});
+    };
+    sum(p.parts, grad_bias);
+    sum(p.parts + p.number * p.channels, grad_weight);
+    device.launch(batch_norm_input_gradient_kernel<element_t>,
+                  ceil_div(p.numel, Vector<element_t>::kSize * kVectorThreads), kVectorThreads, 0, p);
   });
   return {grad_input, grad_weight, grad_bias};
 }

@@ -1,19 +1,73 @@
 #pragma once
 
 // Elements of a tensor (N, C, *spatial), contiguous or channels last, 16 bytes of them to a thread, and whose channel
-// each of them is.
+// each of them is. Memory is the limit of kernels that take them so: one serves both half types, whose bits are
+// uint16_t to it, and which of the two they are it asks at run time.
 
 #include <cstdint>
+#include <type_traits>
 
+#include "common/dtypes.h"
 #include "launch.h"
 
 namespace gpt4fast {
 
-// 16 bytes, the widest single load or store.
+enum class HalfType { float16, bfloat16 };
+
+inline HalfType half_type(torch::headeronly::ScalarType dtype) {
+  return dtype == torch::headeronly::ScalarType::BFloat16 ? HalfType::bfloat16 : HalfType::float16;
+}
+
+// As DTYPE_SWITCH, with the type that a kernel sees.
+#define ELEMENT_SWITCH(DTYPE, ARGUMENT, NAME, ...)      \
+  DTYPE_SWITCH(DTYPE, ARGUMENT, switch_scalar_t, [&] {  \
+    using NAME = gpt4fast::element_of<switch_scalar_t>; \
+    return __VA_ARGS__();                               \
+  })
+
 template <typename scalar_t>
+using element_of = std::conditional_t<sizeof(scalar_t) == 2, uint16_t, float>;
+
+// 16 bytes, the widest single load or store.
+template <typename element_t>
 struct alignas(16) Vector {
-  static constexpr int kSize = 16 / sizeof(scalar_t);
-  scalar_t elements[kSize];
+  static constexpr int kSize = 16 / sizeof(element_t);
+  element_t elements[kSize];
+
+  __device__ __forceinline__ void get(float (&numbers)[kSize], HalfType type) const {
+    if constexpr (kSize == 4) {
+      get_as<float>(numbers);
+    } else if (type == HalfType::bfloat16) {
+      get_as<torch::headeronly::BFloat16>(numbers);
+    } else {
+      get_as<torch::headeronly::Half>(numbers);
+    }
+  }
+
+  __device__ __forceinline__ void set(const float (&numbers)[kSize], HalfType type) {
+    if constexpr (kSize == 4) {
+      set_as<float>(numbers);
+    } else if (type == HalfType::bfloat16) {
+      set_as<torch::headeronly::BFloat16>(numbers);
+    } else {
+      set_as<torch::headeronly::Half>(numbers);
+    }
+  }
+
+ private:
+  template <typename scalar_t>
+  __device__ __forceinline__ void get_as(float (&numbers)[kSize]) const {
+    for (int k = 0; k < kSize; ++k) {
+      numbers[k] = static_cast<float>(reinterpret_cast<const scalar_t*>(elements)[k]);
+    }
+  }
+
+  template <typename scalar_t>
+  __device__ __forceinline__ void set_as(const float (&numbers)[kSize]) {
+    for (int k = 0; k < kSize; ++k) {
+      reinterpret_cast<scalar_t*>(elements)[k] = static_cast<scalar_t>(numbers[k]);
+    }
+  }
 };
 
 inline constexpr int kVectorThreads = 256;  // of a block: each has a vector of its own
@@ -23,26 +77,26 @@ __device__ __forceinline__ bool is_aligned(const void* pointer) {
 }
 
 // The vector at `begin` of `count` elements, zeros behind them.
-template <typename scalar_t>
-__device__ __forceinline__ Vector<scalar_t> load_vector(const void* from, int64_t begin, int64_t count) {
-  const auto* source = static_cast<const scalar_t*>(from) + begin;
-  Vector<scalar_t> values;
+template <typename element_t>
+__device__ __forceinline__ Vector<element_t> load_vector(const void* from, int64_t begin, int64_t count) {
+  const auto* source = static_cast<const element_t*>(from) + begin;
+  Vector<element_t> values;
   if (begin + values.kSize <= count && is_aligned(from)) {
-    return *reinterpret_cast<const Vector<scalar_t>*>(source);
+    return *reinterpret_cast<const Vector<element_t>*>(source);
   }
 #pragma unroll
   for (int k = 0; k < values.kSize; ++k) {
-    values.elements[k] = begin + k < count ? source[k] : scalar_t(0.0f);
+    values.elements[k] = begin + k < count ? source[k] : element_t{};
   }
   return values;
 }
 
 // To a fresh tensor, which torch aligns.
-template <typename scalar_t>
-__device__ __forceinline__ void store_vector(void* to, const Vector<scalar_t>& values, int64_t begin, int64_t count) {
-  auto* target = static_cast<scalar_t*>(to) + begin;
+template <typename element_t>
+__device__ __forceinline__ void store_vector(void* to, const Vector<element_t>& values, int64_t begin, int64_t count) {
+  auto* target = static_cast<element_t*>(to) + begin;
   if (begin + values.kSize <= count) {
-    *reinterpret_cast<Vector<scalar_t>*>(target) = values;
+    *reinterpret_cast<Vector<element_t>*>(target) = values;
     return;
   }
 #pragma unroll

@@ -14,6 +14,7 @@
 #include "affine_activation.h"
 #include "common/strings.h"
 #include "conv_transpose_arguments.h"
+#include "cuda/batch_statistics.h"
 #include "cuda/block_sums.cuh"
 #include "cuda/conv_transpose_kernel.cuh"
 #include "cuda/conv_transpose_layout.cuh"
@@ -28,7 +29,7 @@ using torch::stable::Tensor;
 
 void check_sizes(const ConvTransposeLaunch& p) {
   constexpr double kMost = 1 << 30;
-  double pixels = double(p.batch), taps = double(p.in_channels);
+  double pixels = double(p.batch), taps = double(std::max(p.in_channels, p.out_channels));
   for (int axis = 0; axis < 3; ++axis) {
     const int64_t reach = p.padding[axis] + p.dilation[axis] * p.kernel[axis];
     STD_TORCH_CHECK(reach < kMost,
@@ -66,18 +67,17 @@ ImageRows image_rows(const Device& device, const Tensor& image, int64_t groups, 
   const int64_t batch = image.size(0), pixels = sizes[0] * sizes[1] * sizes[2], width = groups * rows.padded;
   rows.tensor = device.fresh(torch::stable::new_empty(image, {batch * pixels * width}));
   const int64_t* strides = rows.strides;
-  launch_channel_rows(device, size,
-                      {image.const_data_ptr(),
-                       rows.tensor.mutable_data_ptr(),
-                       batch,
-                       groups,
-                       channels,
-                       rows.padded,
-                       {1, sizes[0], sizes[1], sizes[2]},
-                       strides[0],
-                       strides[1] * channels,
-                       strides[1],
-                       {0, strides[2], strides[3], strides[4]}});
+  launch_channel_rows(device, {image.const_data_ptr(),
+                               rows.tensor.mutable_data_ptr(),
+                               size,
+                               batch,
+                               groups,
+                               channels,
+                               rows.padded,
+                               strides[0],
+                               strides[1] * channels,
+                               strides[1],
+                               {{1}, {sizes[0], strides[2]}, {sizes[1], strides[3]}, {sizes[2], strides[4]}}});
   rows.data = rows.tensor.const_data_ptr();
   const int64_t dense[5] = {pixels * width, 1, sizes[1] * sizes[2] * width, sizes[2] * width, width};
   std::copy_n(dense, 5, rows.strides);
@@ -113,24 +113,34 @@ Tensor set_weight_rows(const Device& device, const Tensor& weight, ConvTranspose
   const int64_t* kernel = p.kernel;
   const Tensor rows = device.fresh(
       torch::stable::new_empty(weight, {p.groups * kernel[0] * kernel[1] * kernel[2] * outputs * p.padded}));
-  launch_channel_rows(device, size,
-                      {p.weight,
-                       rows.mutable_data_ptr(),
-                       p.groups,
-                       1,
-                       channels,
-                       p.padded,
-                       {kernel[0], kernel[1], kernel[2], outputs},
-                       p.weight_group_stride,
-                       0,
-                       strides[0],
-                       {strides[2], strides[3], strides[4], strides[1]}});
+  launch_channel_rows(
+      device, {p.weight,
+               rows.mutable_data_ptr(),
+               size,
+               p.groups,
+               1,
+               channels,
+               p.padded,
+               p.weight_group_stride,
+               0,
+               strides[0],
+               {{kernel[0], strides[2]}, {kernel[1], strides[3]}, {kernel[2], strides[4]}, {outputs, strides[1]}}});
   p.weight = rows.const_data_ptr();
   const int64_t row = p.padded,
                 dense[5] = {1, row, kernel[1] * kernel[2] * outputs * row, kernel[2] * outputs * row, outputs * row};
   std::copy_n(dense, 5, strides);
   p.weight_group_stride = kernel[0] * dense[2];
   return rows;
+}
+
+// The stride has no meaning where the input is one pixel. With one over the kernel's reach each phase has a single tap,
+// and no output is summed over taps that do not meet it.
+void widen_stride_of_one_pixel(ConvTransposeLaunch& p) {
+  for (int axis = 0; axis < 3; ++axis) {
+    if (p.in_size[axis] == 1) {
+      p.stride[axis] = std::max(p.stride[axis], p.dilation[axis] * (p.kernel[axis] - 1) + 1);
+    }
+  }
 }
 
 // Which taps meet which outputs; the convolution that p describes.
@@ -176,6 +186,7 @@ Tensor convolve(const ConvTransposeArguments& a, const std::optional<Tensor>& sc
   const ImageRows input_rows = image_rows(device, a.input, a.groups, p.in_size);
   set_input_rows(input_rows, p);
   const Tensor weight_rows = set_weight_rows(device, a.weight, p);
+  widen_stride_of_one_pixel(p);
   set_steps(p);
   launch_conv_transpose(device, p, a.tf32, out, parts);
   return out;
@@ -208,7 +219,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_with_statistics(
   const Tensor out =
       convolve({input, weight, bias, {stride, padding, output_padding, dilation}, groups, channels_last, tf32},
                std::nullopt, std::nullopt, p, device, &parts);
-  return std::tuple_cat(std::tuple(out), merge_statistics(device, parts, eps));
+  return std::tuple_cat(std::tuple(out), p.parts ? merge_statistics(device, parts, eps) : batch_statistics(out, eps));
 }
 
 // The adjoint of the convolution that `forward` describes, applied to grad_out.

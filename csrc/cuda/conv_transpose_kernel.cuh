@@ -1,9 +1,9 @@
 #pragma once
 
 // The kernel of transposed convolution, and of the convolution whose transpose that is: the gradient of its input.
-// A block takes a tile of a phase's pixels x a group's channels through all taps and input channels; slices of both
-// operands arrive by asynchronous copies while earlier ones are multiplied, and bias, scale, shift and activation are
-// applied before the one write.
+// A block takes a tile of a phase's pixels x a group's channels through all taps and input channels, or a split of
+// these; slices of both operands arrive by asynchronous copies while earlier ones are multiplied, and bias, scale,
+// shift and activation are applied before the one write, or where splits are added up.
 
 #include "block_sums.cuh"
 #include "common/activation.h"
@@ -25,11 +25,11 @@ struct alignas(16) ConvTransposeShared {
   int64_t source[Tile::kPixels];  // where a pixel's first tap meets the input, perhaps outside of it
   int64_t target[Tile::kPixels];  // where the pixel lies in the output, or -1 where there is none
   int place[3][Tile::kPixels];    // of the input that the first tap meets
-  int64_t part;                   // of the statistics
+  int64_t part;                   // of the statistics, or of the sums
   Statistics shares[Tile::kThreads];
 };
 
-template <typename scalar_t, Products kProducts, typename Tile, bool kIsDirect>
+template <typename scalar_t, Products kProducts, typename Tile>
 __global__ void __launch_bounds__(Tile::kThreads) conv_transpose_kernel(const ConvTransposeLaunch p) {
   constexpr int kPixels = Tile::kPixels, kChannels = Tile::kChannels, kStages = Tile::kStages;
   constexpr int kCount = 16 / sizeof(scalar_t), kParts = Tile::kDepthBytes / 16, kDepth = kParts * kCount;
@@ -48,10 +48,7 @@ __global__ void __launch_bounds__(Tile::kThreads) conv_transpose_kernel(const Co
   const auto first_channel = static_cast<int>(take(p.channel_tiles)) * kChannels;
   const int64_t group = take(p.groups), first_output = group * outputs + first_channel;
   const int columns = outputs - first_channel;
-  const int64_t part = int64_t{block} * p.pixel_tiles + pixel_tile;  // of all phases
-  if (thread == 0) {
-    shared.part = part;  // for which the main loop has no registers left
-  }
+  const int64_t part = int64_t{block} * p.pixel_tiles + pixel_tile;  // of the statistics, which splits do not take
   const auto keep_statistics = [&](const Statistics& of_channel, int64_t part) {
     if (thread < min(columns, kChannels)) {
       float* kept = p.parts + (first_output + thread) * p.part_count + part;
@@ -61,7 +58,11 @@ __global__ void __launch_bounds__(Tile::kThreads) conv_transpose_kernel(const Co
       kept[2 * each] = of_channel.spread;
     }
   };
-  const Phase along_w(p, 2, take(p.phases[2])), along_h(p, 1, take(p.phases[1])), along_d(p, 0, block);
+  const Phase along_w(p, 2, take(p.phases[2])), along_h(p, 1, take(p.phases[1])), along_d(p, 0, take(p.phases[0]));
+  const auto split = static_cast<int>(block);
+  if (thread == 0) {
+    shared.part = p.sums ? split : part;  // for which the main loop has no registers left
+  }
   const int image_size = along_d.places * along_h.places * along_w.places;
   const int pixels = static_cast<int>(p.batch) * image_size;
   if (first_pixel >= pixels) {
@@ -97,17 +98,27 @@ __global__ void __launch_bounds__(Tile::kThreads) conv_transpose_kernel(const Co
 
   // Each thread copies 16 bytes of every kRows-th row of pixels, and of the weight.
   const int column = thread % kParts * kCount, first_row = thread / kParts;
-  const int depth = static_cast<int>(kIsDirect ? p.in_channels / p.groups : p.padded);  // of the weight
+  const bool is_direct = kProducts == Products::half && p.weight_is_direct;
+  const int depth = static_cast<int>(is_direct ? p.in_channels / p.groups : p.padded);  // of the weight
   const int padded = static_cast<int>(p.padded), slices = (padded + kDepth - 1) / kDepth;
-  const int steps = along_d.taps * along_h.taps * along_w.taps * slices;
-  int tap_d = 0, tap_h = 0, tap_w = 0, slice = 0;
+  int steps = along_d.taps * along_h.taps * along_w.taps * slices, tap_d = 0, tap_h = 0, tap_w = 0, slice = 0;
+  if (p.splits > 1 && steps > 0) {
+    const int each = (steps + static_cast<int>(p.splits) - 1) / static_cast<int>(p.splits);
+    const int first = min(split * each, steps), tap = first / slices;
+    steps = min(each, steps - first);
+    slice = first % slices;
+    tap_w = tap % along_w.taps;
+    tap_h = tap / along_w.taps % along_h.taps;
+    tap_d = tap / along_w.taps / along_h.taps;
+  }
   const scalar_t *sources[kPixels / kRows], *weight = nullptr;
   bool inside[kPixels / kRows];
   const auto start_tap = [&] {
     const int shift_d = tap_d * static_cast<int>(p.shift_steps[0]),
               shift_h = tap_h * static_cast<int>(p.shift_steps[1]),
               shift_w = tap_w * static_cast<int>(p.shift_steps[2]);
-    const auto* input = static_cast<const scalar_t*>(p.input) + column - shift_d * p.input_strides[2] -
+    const int channel = slice * kDepth;
+    const auto* input = static_cast<const scalar_t*>(p.input) + channel + column - shift_d * p.input_strides[2] -
                         shift_h * p.input_strides[3] - shift_w * p.input_strides[4];
 #pragma unroll
     for (int i = 0; i < kPixels / kRows; ++i) {
@@ -121,16 +132,16 @@ __global__ void __launch_bounds__(Tile::kThreads) conv_transpose_kernel(const Co
                   w = along_w.first + tap_w * p.tap_steps[2];
     weight = static_cast<const scalar_t*>(p.weight) + group * p.weight_group_stride + d * p.weight_strides[2] +
              h * p.weight_strides[3] + w * p.weight_strides[4];
-    if constexpr (kIsDirect) {
+    if (is_direct) {
       constexpr int kEach = kChannels / kCount;
-      weight += thread / kEach * p.weight_strides[0] + first_channel + thread % kEach * kCount;
+      weight += (channel + thread / kEach) * p.weight_strides[0] + first_channel + thread % kEach * kCount;
     } else {
-      weight += (first_channel + first_row) * p.weight_strides[1] + column;
+      weight += (first_channel + first_row) * p.weight_strides[1] + channel + column;
     }
   };
   const auto request = [&](int step) {
     if (step < steps) {
-      if (slice == 0) {
+      if (slice == 0 || step == 0) {
         start_tap();
       }
       char* target = shared.slices[step % kStages];
@@ -142,7 +153,7 @@ __global__ void __launch_bounds__(Tile::kThreads) conv_transpose_kernel(const Co
         sources[i] += kDepth;
       }
       target += kPixels * Tile::kRowBytes;
-      if constexpr (kIsDirect) {
+      if (is_direct) {
         constexpr int kEach = kChannels / kCount, kStep = Tile::kThreads / kEach;
         const int row = thread / kEach, output = thread % kEach * kCount;
 #pragma unroll
@@ -175,7 +186,7 @@ __global__ void __launch_bounds__(Tile::kThreads) conv_transpose_kernel(const Co
   };
 
   const int warp_pixel = warp / 2 * Tile::kWarpPixels, warp_channel = warp % 2 * Tile::kWarpChannels;
-  const int channel_bytes = warp_channel * (kIsDirect ? static_cast<int>(sizeof(scalar_t)) : Tile::kRowBytes);
+  const int channel_bytes = warp_channel * (is_direct ? static_cast<int>(sizeof(scalar_t)) : Tile::kRowBytes);
   WarpSums<Tile> sums = {};
 #pragma unroll 1
   for (int step = 0; step < kStages - 1; ++step) {
@@ -186,9 +197,13 @@ __global__ void __launch_bounds__(Tile::kThreads) conv_transpose_kernel(const Co
     wait_for_copies<kStages - 2>();
     __syncthreads();              // everyone's copies are there, and everyone is done with the slice before
     request(step + kStages - 1);  // which is overwritten
-    const char* slices = shared.slices[step % kStages];
-    multiply_slices<Tile, scalar_t, kProducts, kIsDirect>(sums, slices + warp_pixel * Tile::kRowBytes,
-                                                          slices + kPixels * Tile::kRowBytes + channel_bytes);
+    const char* pixel_rows = shared.slices[step % kStages] + warp_pixel * Tile::kRowBytes;
+    const char* channel_rows = shared.slices[step % kStages] + kPixels * Tile::kRowBytes + channel_bytes;
+    if (is_direct) {
+      multiply_slices<Tile, scalar_t, kProducts, kProducts == Products::half>(sums, pixel_rows, channel_rows);
+    } else {
+      multiply_slices<Tile, scalar_t, kProducts, false>(sums, pixel_rows, channel_rows);
+    }
   }
 
   __syncthreads();
@@ -204,38 +219,45 @@ __global__ void __launch_bounds__(Tile::kThreads) conv_transpose_kernel(const Co
     }
   }
   __syncthreads();
-  auto* out = static_cast<scalar_t*>(p.out) + first_output * p.out_strides[1];
-  const auto write = [&](auto finish) {
-    const auto number = [&](int row, int column) {
-      return static_cast<scalar_t>(finish(shared.sums[row][column] * shared.factor[column] + shared.offset[column]));
-    };
-    constexpr int kEach = kChannels / kCount;
+  const auto write = [&](auto* out) {
+    using number_t = std::remove_pointer_t<decltype(out)>;
+    constexpr int kCount = 16 / sizeof(number_t), kEach = kChannels / kCount;
+    out += first_output * p.out_strides[1];
     if (p.channels_last && p.out_channels % kCount == 0 && outputs % kCount == 0) {
       const int column = thread % kEach * kCount;
       for (int row = thread / kEach; row < kPixels; row += Tile::kThreads / kEach) {
         if (shared.target[row] >= 0 && column < columns) {
-          alignas(16) scalar_t numbers[kCount];
+          alignas(16) number_t numbers[kCount];
 #pragma unroll
           for (int k = 0; k < kCount; ++k) {
-            numbers[k] = number(row, column + k);
+            numbers[k] = static_cast<number_t>(shared.sums[row][column + k]);
           }
           *reinterpret_cast<uint4*>(out + shared.target[row] + column) = *reinterpret_cast<const uint4*>(numbers);
         }
       }
     } else if (const int row = thread % kPixels; shared.target[row] >= 0) {  // neighbours in memory are pixels, mostly
       for (int column = thread / kPixels; column < min(columns, kChannels); column += Tile::kThreads / kPixels) {
-        out[shared.target[row] + column * p.out_strides[1]] = number(row, column);
+        out[shared.target[row] + column * p.out_strides[1]] = static_cast<number_t>(shared.sums[row][column]);
       }
     }
   };
-  ACTIVATION_SWITCH(p.activation, kActivation,
-                    [&] { write([&](float x) { return activate<kActivation>(x, p.negative_slope); }); });
+  if (p.sums) {
+    return write(p.sums + shared.part * p.numel);
+  }
+  const int channel = thread % kChannels;
+  if (channel < columns) {  // in place, so that the code of each activation is short
+    const float factor = shared.factor[channel], offset = shared.offset[channel];
+    ACTIVATION_SWITCH(p.activation, kActivation, [&] {
+      for (int row = thread / kChannels; row < kPixels; row += Tile::kThreads / kChannels) {
+        float& sum = shared.sums[row][channel];
+        sum = activate<kActivation>(sum * factor + offset, p.negative_slope);
+      }
+    });
+  }
+  __syncthreads();
+  write(static_cast<scalar_t*>(p.out));
   if (p.parts) {  // of what was written, which no activation has changed
-    const int channel = thread % kChannels;
-    const auto number = [&](int row) {
-      const float x = shared.sums[row][channel] * shared.factor[channel] + shared.offset[channel];
-      return static_cast<float>(static_cast<scalar_t>(x));
-    };
+    const auto number = [&](int row) { return static_cast<float>(static_cast<scalar_t>(shared.sums[row][channel])); };
     int row = thread / kChannels;
     float count = 0.0f;
     DifferenceSums differences{};
@@ -253,45 +275,56 @@ __global__ void __launch_bounds__(Tile::kThreads) conv_transpose_kernel(const Co
   }
 }
 
-// Fresh parts of the output's statistics, as MergeLaunch in block_sums.cuh has them, are filled where they are asked
-// for.
+// Parts of the output's statistics, where they are asked for and there are no splits, are fresh tensors in `parts`, as
+// MergeLaunch in block_sums.cuh has them.
 template <typename scalar_t, Products kProducts, typename Tile>
 void launch_tile(const Device& device, ConvTransposeLaunch& p, const torch::stable::Tensor& out,
                  torch::stable::Tensor* parts) {
-  static_assert(sizeof(ConvTransposeShared<Tile>) <= kMostSharedBytes);
-  int64_t pixels = p.batch, phases = 1;
-  for (int axis = 0; axis < 3; ++axis) {
-    p.phases[axis] = std::min(p.stride[axis], p.out_size[axis]);
-    pixels *= ceil_div(p.out_size[axis], p.stride[axis]);
-    phases *= p.phases[axis];
-  }
-  p.pixel_tiles = ceil_div(pixels, Tile::kPixels);
+  static_assert(sizeof(ConvTransposeShared<Tile>) <= std::min<size_t>(Tile::kSharedBytes, kMostSharedBytes));
+  using torch::headeronly::ScalarType;
+  const int64_t phases = p.phases[0] * p.phases[1] * p.phases[2];
+  p.pixel_tiles = ceil_div(p.pixels, Tile::kPixels);
   p.channel_tiles = ceil_div(p.out_channels / p.groups, Tile::kChannels);
-  if (parts) {
+  torch::stable::Tensor sums;
+  if (p.splits > 1) {
+    p.numel = out.numel();
+    sums = device.fresh(torch::stable::new_empty(out, {p.splits * p.numel}, ScalarType::Float));
+    p.sums = sums.mutable_data_ptr<float>();
+  } else if (parts) {
     p.part_count = p.pixel_tiles * phases;
-    *parts = device.fresh(
-        torch::stable::new_empty(out, {3, p.out_channels, p.part_count}, torch::headeronly::ScalarType::Float));
+    *parts = device.fresh(torch::stable::new_empty(out, {3, p.out_channels, p.part_count}, ScalarType::Float));
     p.parts = parts->mutable_data_ptr<float>();
   }
-  const auto launch = [&](auto kernel) {
-    device.launch(kernel, p.pixel_tiles * p.channel_tiles * p.groups * phases, Tile::kThreads,
-                  sizeof(ConvTransposeShared<Tile>), p);
-  };
-  if constexpr (kProducts == Products::half) {
-    if (p.weight_is_direct) {
-      return launch(conv_transpose_kernel<scalar_t, kProducts, Tile, true>);
-    }
+  device.launch(conv_transpose_kernel<scalar_t, kProducts, Tile>,
+                p.pixel_tiles * p.channel_tiles * p.groups * phases * p.splits, Tile::kThreads,
+                sizeof(ConvTransposeShared<Tile>), p);
+  if (p.splits > 1) {
+    sum_parts(device, {p.sums, p.out, out.scalar_type(), p.splits, 1, p.numel, p.bias, p.factor, p.shift,
+                       p.out_channels, elements_between_channels(out), p.activation, p.negative_slope});
   }
-  launch(conv_transpose_kernel<scalar_t, kProducts, Tile, false>);
 }
 
 template <typename scalar_t, Products kProducts>
 void launch_products(const Device& device, ConvTransposeLaunch& p, const torch::stable::Tensor& out,
                      torch::stable::Tensor* parts) {
-  const int64_t pixels = p.batch * p.out_size[0] * p.out_size[1] * p.out_size[2];
-  switch (choose_tile(pixels, p.out_channels / p.groups, p.groups, kProducts, device.processors())) {
+  ConvTransposeSize size{p.batch, 1, p.out_channels / p.groups, p.groups, 1, p.padded * int64_t{sizeof(scalar_t)}};
+  for (int axis = 0; axis < 3; ++axis) {
+    p.phases[axis] = std::min(p.stride[axis], p.out_size[axis]);
+    size.phases *= p.phases[axis];
+    size.pixels *= ceil_div(p.out_size[axis], p.stride[axis]);
+    size.taps *= ceil_div(p.kernel[axis], p.tap_steps[axis]);
+  }
+  const ConvTransposePlan plan = plan_conv_transpose(size, kProducts, {device.processors(), device.shared_bytes()});
+  p.pixels = size.pixels;
+  p.splits = plan.splits;
+  switch (plan.tile) {
     case TileChoice::narrow: return launch_tile<scalar_t, kProducts, NarrowTile>(device, p, out, parts);
     case TileChoice::small: return launch_tile<scalar_t, kProducts, SmallTile>(device, p, out, parts);
+    case TileChoice::medium:
+      if constexpr (kProducts != Products::ieee) {
+        launch_tile<scalar_t, kProducts, MediumTile>(device, p, out, parts);
+      }
+      break;
     case TileChoice::large:
       if constexpr (kProducts != Products::ieee) {
         launch_tile<scalar_t, kProducts, LargeTile>(device, p, out, parts);

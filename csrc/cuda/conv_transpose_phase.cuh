@@ -16,13 +16,16 @@ struct ConvTransposeLaunch : ConvTransposeParams {
   const float *bias, *factor, *shift;  // (Cout), or null
   float* parts;                        // of the statistics (3, Cout, part_count), or null
   int64_t part_count;
+  float* sums;  // (splits, numel), each in the order of out, or null where a block adds up all of an output's products
+  int64_t splits, numel;
   int64_t padded, weight_group_stride;
   bool weight_is_direct;
   int64_t out_strides[5];
   int64_t source_stride[3];
-  int64_t tap_steps[3];    // taps of one phase are so many apart,
-  int64_t shift_steps[3];  // and meet inputs that are so many apart
-  int64_t phases[3], pixel_tiles, channel_tiles;
+  int64_t tap_steps[3];       // taps of one phase are so many apart,
+  int64_t shift_steps[3];     // and meet inputs that are so many apart
+  int64_t phases[3], pixels;  // of a phase, in all images
+  int64_t pixel_tiles, channel_tiles;
 };
 
 // Along one dimension: outputs residue + stride * q meet taps first + step * j at inputs q * source_stride + shift - j

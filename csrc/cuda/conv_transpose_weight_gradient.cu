@@ -143,7 +143,7 @@ Tensor launch(const Device& device, ConvTransposeWeightGradientLaunch& p, const 
   p.parts = parts.mutable_data_ptr<float>();
   device.launch(conv_transpose_weight_gradient_kernel<scalar_t, kProducts, Tile>, tiles * p.part_count, Tile::kThreads,
                 sizeof(WeightGradientShared<Tile>), p);
-  sum_parts<scalar_t>(device, {p.parts, out.mutable_data_ptr(), p.part_count, numbers, taps});
+  sum_parts(device, {p.parts, out.mutable_data_ptr(), weight.scalar_type(), p.part_count, numbers, taps});
   return out;
 }
 

@@ -42,14 +42,20 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) {
 
 // Shared memory that a block may have where a multiprocessor has least of it, at compute capability 8.6.
 inline constexpr size_t kMostSharedBytes = 99 << 10;
+// And on Hopper.
+inline constexpr size_t kHopperSharedBytes = 227 << 10;
 
 // The device of a tensor, made current, and torch's stream on it. Each operator makes one before it passes memory on.
 class Device {
  public:
   explicit Device(const torch::stable::Tensor& tensor);
 
-  // Multiprocessors.
+  // Multiprocessors, and the bytes of shared memory that each of them has.
   int processors() const { return processors_; }
+  int shared_bytes() const { return shared_bytes_; }
+
+  // Whether it runs what is compiled for sm_90a. The emulation does.
+  bool is_hopper() const { return is_hopper_; }
 
   template <typename... Parameters, typename... Arguments>
   void launch(void (*kernel)(Parameters...), int64_t blocks, unsigned threads, size_t shared_bytes,
@@ -59,7 +65,8 @@ class Device {
   torch::stable::Tensor fresh(const torch::stable::Tensor& tensor) const;
 
  private:
-  int processors_;
+  int processors_, shared_bytes_;
+  bool is_hopper_;
 #if defined(__CUDACC__)
   int32_t index_;
   torch::stable::accelerator::DeviceGuard guard_;
@@ -73,15 +80,16 @@ void allow_access(const void* data, int64_t bytes, bool writable);
 #if defined(__CUDACC__)
 
 // Asked once: a call to the driver at every launch takes the host as long as the launch.
-inline int count_processors(int32_t device) {
+template <cudaDeviceAttr kAttribute>
+int attribute_of(int32_t device) {
   static std::array<std::atomic<int>, 64> known{};
   std::atomic<int>& kept = known.at(static_cast<size_t>(device));
-  int count = kept;
-  if (count == 0) {
-    STD_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-    kept = count;
+  int number = kept;
+  if (number == 0) {
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&number, kAttribute, device));
+    kept = number;
   }
-  return count;
+  return number;
 }
 
 // Likewise: whether it is the first launch of a kernel on a device.
@@ -93,7 +101,9 @@ inline bool is_first_launch(const void* kernel, int32_t device) {
 }
 
 inline Device::Device(const torch::stable::Tensor& tensor)
-    : processors_(count_processors(tensor.get_device_index())),
+    : processors_(attribute_of<cudaDevAttrMultiProcessorCount>(tensor.get_device_index())),
+      shared_bytes_(attribute_of<cudaDevAttrMaxSharedMemoryPerMultiprocessor>(tensor.get_device_index())),
+      is_hopper_(attribute_of<cudaDevAttrComputeCapabilityMajor>(tensor.get_device_index()) == 9),
       index_(tensor.get_device_index()),
       guard_(tensor.get_device_index()) {
   void* stream = nullptr;
@@ -121,13 +131,13 @@ inline void allow_access(const void*, int64_t, bool) {}
 
 template <typename Shared>
 __device__ __forceinline__ Shared& shared_memory() {
-  extern __shared__ __align__(128) unsigned char dynamic_shared_memory[];
+  extern __shared__ __align__(1024) unsigned char dynamic_shared_memory[];
   return *reinterpret_cast<Shared*>(dynamic_shared_memory);
 }
 
 #else
 
-inline Device::Device(const torch::stable::Tensor&) : processors_(4) {
+inline Device::Device(const torch::stable::Tensor&) : processors_(4), shared_bytes_(228 << 10), is_hopper_(true) {
   emulation::forget_accesses();
 }
 

@@ -181,8 +181,8 @@ BATCH_NORM = {
     "cuda": compiled_batch_norm.cuda_batch_norm_activation,
 }
 CONV_TRANSPOSE_WITH_STATISTICS = {
-    "triton": triton_conv_transpose.conv_transpose_with_statistics,
-    "cuda": compiled_conv_transpose.conv_transpose_with_statistics,
+    "triton": triton_conv_transpose.ConvTranspose.apply,
+    "cuda": compiled_conv_transpose.cuda_conv_transpose_with_statistics,
 }
 
 
@@ -200,8 +200,13 @@ def choose_batch_norm(input: Tensor) -> str:
 
 
 def conv_transpose_with_statistics(implementation: str, call: dict, eps: float) -> Callable[[], tuple[Tensor, ...]]:
-    """Computes a call that has only a convolution, and what a batch norm needs of its output, by the kernels of
-    ``implementation``: a key of CONV_TRANSPOSE_WITH_STATISTICS."""
+    """Computes a call that has only a convolution, of an input that is not empty, by the kernels of
+    ``implementation``: a key of CONV_TRANSPOSE_WITH_STATISTICS.
+
+    Returns:
+        Of the function: the output, and what a batch norm behind it needs of each channel, (Cout,), float32, without
+        gradients: mean, 1 / sqrt(variance + eps) and the biased variance.
+    """
     choose(CONV_TRANSPOSE, implementation, call)  # or raises
     geometry = (call[name] for name in ("stride", "padding", "output_padding", "groups", "dilation"))
     kernel = CONV_TRANSPOSE_WITH_STATISTICS[implementation]

@@ -7,10 +7,15 @@ between launches too. `make gpu` calls it, first with ``--warm``: processes that
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
+import os
 import statistics
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -20,7 +25,8 @@ from .harness import Candidate, CudaTimer, Monitor, Timing, Tolerance, check, fa
 from .shapes import AttentionCell, ConvTransposeCell
 
 BACKENDS = ("triton", "cuda")
-SHOWN = (candidates.BASELINE, "torch.compile", *(f"{candidates.SUBJECT} {name}" for name in BACKENDS))
+HOPPER = "cuda wgmma"  # attention by Hopper's own instructions, which GPT4FAST_WGMMA asks for
+SHOWN = (candidates.BASELINE, "torch.compile", *(f"{candidates.SUBJECT} {name}" for name in (*BACKENDS, HOPPER)))
 
 
 def main() -> None:
@@ -70,10 +76,19 @@ def build(
     compile = cell.op == "conv_transpose"  # torch's attention is one call, compiled or not
     with torch.set_grad_enabled(cell.backward):
         competitors, reference = candidates.build(cell, dtype, "cuda", impls=BACKENDS, compile=compile)
+    if isinstance(cell, AttentionCell) and cell.mode == "forward" and dtype != torch.float32:
+        cuda = next(candidate for candidate in competitors if candidate.name == f"{candidates.SUBJECT} cuda")
+        name, run = f"{candidates.SUBJECT} {HOPPER}", functools.partial(with_wgmma, cuda.run)
+        competitors.append(dataclasses.replace(cuda, name=name, run=run))
     tolerance = cell.tolerance(dtype)
     if dtype == torch.float32 and cell.op == "conv_transpose":  # TF32
         tolerance = Tolerance(5e-3 * len(cell.layers), tolerance.norm)
     return competitors, reference, tolerance
+
+
+def with_wgmma(run: Callable[[], object]) -> object:
+    with mock.patch.dict(os.environ, GPT4FAST_WGMMA="1"):
+        return run()
 
 
 def warm(cell: AttentionCell | ConvTransposeCell, dtype: torch.dtype) -> None:

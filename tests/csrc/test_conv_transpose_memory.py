@@ -15,7 +15,6 @@ pytestmark = [
 
 MEASURE = """
 import ctypes, sys, torch, gpt4fast
-op = torch.ops.gpt4fast.conv_transpose_forward
 batch, groups, inputs, outputs, size, kernel, stride, padding, dilation, winograd, channels_last = eval(sys.argv[1])
 torch.set_num_threads(2)
 dims = len(size)
@@ -31,7 +30,12 @@ def run(batch, size):
     x, weight = torch.randn(batch, groups * inputs, *size), torch.randn(groups * inputs, outputs, *[kernel] * dims)
     packed = torch.ops.gpt4fast.conv_transpose_pack(weight, groups, winograd)
     before = peak(reset=True)
-    out = op(x, weight, None, *geometry, None, None, "none", 0.0, channels_last, packed, winograd)
+    settings = None, None, "none", 0.0, channels_last, packed, winograd
+    out = torch.ops.gpt4fast.conv_transpose_forward(x, weight, None, *geometry, *settings)
+    if sys.argv[2] == "weight":
+        before = peak(reset=True)
+        settings = channels_last, False, True, winograd
+        _, out = torch.ops.gpt4fast.conv_transpose_backward(out, x, weight, *geometry, *settings)
     return peak() - before - out.numel() * 4 / 1024
 run(1, [2] * dims)
 print(run(batch, size))
@@ -57,6 +61,24 @@ print(run(batch, size))
 )
 def test_peak_memory_beyond_input_weight_and_output(call):
     """Less than 8 MiB a thread: there is no im2col buffer, which would take 33 to 134 MB here."""
-    command = [sys.executable, "-c", MEASURE, call]
-    kib = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    assert 0 < kib < 2 * 8 * 1024
+    assert 0 < scratch(call, "output") < 2 * 8 * 1024
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "64, 1, 512, 256, [4, 4], 4, 2, 1, 1, False, False",
+        "1, 1, 1024, 512, [2, 2, 2], 5, 2, 2, 1, False, False",
+        "1, 1, 64, 32, [200, 200], 3, 1, 90, 90, False, False",
+        "2, 1, 24, 64, [410, 410], 3, 1, 200, 200, False, False",
+    ],
+)
+def test_peak_memory_of_the_gradient_of_the_weight(call):
+    """Likewise, whatever taps the kernel has and however far they lie apart."""
+    assert 0 < scratch(call, "weight") < 2 * 8 * 1024
+
+
+def scratch(call: str, of: str) -> float:
+    """KiB."""
+    command = [sys.executable, "-c", MEASURE, call, of]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)

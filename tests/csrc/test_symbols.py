@@ -89,7 +89,7 @@ def test_cuda_kernels_do_not_spill(assembly):
     for architecture, (report, _) in assembly.items():
         frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
         registers = [int(count) for count in re.findall(r"Used (\d+) registers", report)]
-        assert len(frames) == len(registers) == 3, architecture  # dtypes
+        assert len(frames) == len(registers) == 2, architecture  # float32, and either half type
         assert set(frames) == {("0", "0", "0")}, architecture
         assert max(registers) <= 64, architecture  # 4 blocks of 256 threads fill a multiprocessor's threads at 64
 
@@ -97,7 +97,7 @@ def test_cuda_kernels_do_not_spill(assembly):
 def test_cuda_kernels_move_16_bytes_at_a_time(assembly):
     for architecture, (_, ptx) in assembly.items():
         bodies = re.findall(r"\.entry .*?^\}", ptx, re.DOTALL | re.MULTILINE)
-        assert len(bodies) == 3, architecture
+        assert len(bodies) == 2, architecture
         for body in bodies:
             wide = r"\.global(?:\.\w+)*\.v(?:4\.[buf]32|2\.[buf]64|8\.[buf]16)"
             assert re.search("ld" + wide, body) and re.search("st" + wide, body), architecture

@@ -41,6 +41,24 @@ def test_attention(name, dim, dtype, impl):
     assert_as_exact(attend(tensors, options, impl), attend(tensors, options, "torch"), exact)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_attention_on_hopper(name, dim, dtype, needs_cuda, monkeypatch):
+    """By wgmma, which is not what runs otherwise: sums are in another order."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs compute capability 9.0")
+    shape, options = ATTENTIONS[name]
+    tensors = heads(*shape, dim, dtype)
+    otherwise = attend(tensors, options, "cuda")
+    monkeypatch.setenv("GPT4FAST_WGMMA", "1")
+    out = attend(tensors, options, "cuda")
+    assert not torch.equal(out, otherwise)
+    exact = attend([t.double() for t in tensors], options, "reference")
+    assert_as_exact(out, attend(tensors, options, "torch"), exact)
+    assert torch.equal(attend(tensors, options, "cuda"), out)
+
+
 @pytest.mark.parametrize("name", ["causal", "window"])
 def test_attention_in_tf32(name, impl):
     shape, options = ATTENTIONS[name]

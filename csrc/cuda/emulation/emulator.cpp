@@ -1,9 +1,11 @@
 // Fibers, barriers and asynchronous copies. Not compiled with calls before accesses, as kernels are.
 #include "emulator.h"
 
+#include <algorithm>
 #include <csetjmp>
 #include <cstring>
 #include <deque>
+#include <limits>
 #include <memory>
 #include <mutex>
 #include <random>
@@ -37,6 +39,8 @@ struct Fiber : Thread {
   jmp_buf context;
   std::vector<Copy> uncommitted;
   std::deque<std::vector<Copy>> groups;
+  std::vector<GroupProduct> uncommitted_products;
+  std::deque<std::vector<GroupProduct>> product_groups;
 };
 
 struct Warp {
@@ -243,6 +247,51 @@ void wait_for_copies(unsigned groups_left) {
       arrive(reinterpret_cast<uintptr_t>(copy.target), copy.bytes);
     }
   }
+}
+
+void start_product(GroupProduct product, size_t sums) {
+  const auto gives = [&](const std::vector<GroupProduct>& group) {
+    return std::any_of(group.begin(), group.end(), [&](const GroupProduct& one) { return one.sums == product.sums; });
+  };
+  const auto& groups = running->product_groups;
+  if (!gives(running->uncommitted_products) && std::none_of(groups.begin(), groups.end(), gives)) {
+    product.before.assign(product.sums, product.sums + sums);
+  }
+  std::fill_n(product.sums, sums, std::numeric_limits<float>::quiet_NaN());
+  product.warp = running->warp;
+  product.check(product);
+  running->uncommitted_products.push_back(std::move(product));
+}
+
+void commit_products() {
+  running->product_groups.push_back(std::move(running->uncommitted_products));
+  running->uncommitted_products.clear();
+}
+
+void wait_for_products(unsigned groups_left) {
+  for (; running->product_groups.size() > groups_left; running->product_groups.pop_front()) {
+    for (const GroupProduct& started : running->product_groups.front()) {
+      GroupProduct product = started;  // on the thread's stack, which kernels may read
+      product.check(product);
+      std::copy(product.before.begin(), product.before.end(), product.sums);
+      take_warp_step(
+          [](void* const(&arguments)[kWarpSize]) {
+            const GroupProduct* lanes[kWarpSize];
+            std::transform(arguments, arguments + kWarpSize, lanes,
+                           [](void* argument) { return static_cast<const GroupProduct*>(argument); });
+            lanes[0]->perform(lanes);
+          },
+          &product);
+    }
+  }
+}
+
+void publish_writes() {
+  ++running->publications;
+}
+
+const Thread& thread_number(unsigned index) {
+  return fibers[index];
 }
 
 const Thread* running_thread() {

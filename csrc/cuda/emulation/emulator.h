@@ -7,13 +7,16 @@
 // The compiler calls a function before every access to memory (-fsanitize=kernel-address, see memory.cpp), which finds
 //   - accesses outside the tensors of the operator and the shared memory of the block, writes to tensors that are only
 //     read, and addresses that are no multiple of what is accessed;
-//   - reads of shared memory that nothing was written to, or that cp.async was not waited for;
+//   - reads of shared memory that nothing was written to, or that cp.async was not waited for, and reads by wgmma of
+//   what
+//     was not published to it;
 //   - accesses of two threads to shared memory, one of them a write, between which there is no barrier.
 // Any of these ends the launch by an exception that names the thread.
 
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <vector>
 
 namespace gpt4fast::emulation {
 
@@ -46,11 +49,33 @@ void wait_for_copies(unsigned groups_left);
 void check_read(const void* data, size_t bytes);
 void check_write(const void* data, size_t bytes);
 
-// What memory.cpp knows of the running thread.
+// wgmma, of one warp's 16 rows: performed where the thread waits for it, with what is then in the registers of a and in
+// shared memory. Until then its sums are NaN.
+struct GroupProduct {
+  void (*check)(const GroupProduct&);  // of the lane's share of what is read
+  void (*perform)(const GroupProduct* const (&lanes)[kWarpSize]);
+  float* sums;
+  const uint32_t (*held)[4];  // a where it is in registers
+  uint64_t a, b;              // descriptors
+  bool adds;
+  unsigned warp = 0;
+  std::vector<float> before = {};  // the sums, unless the one before this gives them
+};
+void start_product(GroupProduct product, size_t sums);
+void commit_products();
+void wait_for_products(unsigned groups_left);
+void publish_writes();
+
+// What memory.cpp knows of a thread.
 struct Thread {
   unsigned index, warp;
   uint32_t block_step, warp_step;  // barriers of its block and its warp so far
+  uint32_t publications;
 };
+const Thread& thread_number(unsigned index);
+
+// Of the running thread's wgmma.
+void check_unordered_read(const void* data, size_t bytes);
 
 // None while no kernel runs.
 const Thread* running_thread();

@@ -14,6 +14,7 @@
 namespace gpt4fast::emulation {
 namespace {
 
+constexpr size_t kAlignment = 1024;  // of shared memory
 constexpr unsigned kNobody = ~0u, kWholeWarp = 1u << 20, kWholeBlock = 1u << 21;
 
 // An access, or several of the same step: then who did them is one of the warp (kWholeWarp + its number), or anyone.
@@ -41,6 +42,7 @@ struct Access {
 struct SharedByte {
   enum : uint8_t { unwritten, reserved, written } state = unwritten;
   Access write, read;
+  uint32_t publications = 0;  // of the thread that wrote it, before
 };
 
 struct Range {
@@ -95,6 +97,7 @@ void check_shared(uintptr_t address, size_t bytes, bool is_write, const Thread& 
     byte.state = SharedByte::written;
     byte.write = {};
     byte.write.add(thread);
+    byte.publications = thread.publications;
   }
 }
 
@@ -157,9 +160,9 @@ void forget_accesses() {
 }
 
 void* begin_shared_memory(size_t bytes) {
-  shared_bytes.assign(bytes + 128, static_cast<char>(0xFF));  // NaN, in every type
+  shared_bytes.assign(bytes + kAlignment, static_cast<char>(0xFF));  // NaN, in every type
   shadow.assign(bytes, {});
-  shared_begin = (reinterpret_cast<uintptr_t>(shared_bytes.data()) + 127) / 128 * 128;
+  shared_begin = (reinterpret_cast<uintptr_t>(shared_bytes.data()) + kAlignment - 1) / kAlignment * kAlignment;
   shared_end = shared_begin + bytes;
   return reinterpret_cast<void*>(shared_begin);
 }
@@ -180,6 +183,21 @@ void arrive(uintptr_t address, size_t bytes) {
     byte.state = SharedByte::written;
     byte.write = {};
     byte.write.add(*running_thread());
+    byte.publications = running_thread()->publications;
+  }
+}
+
+void check_unordered_read(const void* data, size_t bytes) {
+  check_read(data, bytes);
+  const auto address = reinterpret_cast<uintptr_t>(data);
+  if (address < shared_begin || address >= shared_end) {
+    refuse("multiplies what is not shared memory", address, bytes);
+  }
+  for (size_t i = 0; i < bytes; ++i) {
+    const SharedByte& byte = shadow[address - shared_begin + i];
+    if (thread_number(byte.write.who).publications <= byte.publications) {
+      refuse("multiplies what was not published", address, bytes);
+    }
   }
 }
 

@@ -138,4 +138,116 @@ inline float exp2_fast(float x) {
   return std::exp2(x);
 }
 
+inline unsigned shared_address(const void* pointer) {
+  return static_cast<unsigned>(static_cast<const char*>(pointer) -
+                               static_cast<const char*>(emulation::dynamic_shared_memory()));
+}
+
+inline void publish_writes() {
+  emulation::publish_writes();
+}
+
+inline void fence_products() {}
+
+inline void commit_products() {
+  emulation::commit_products();
+}
+
+template <int kLeft>
+void wait_for_products() {
+  emulation::wait_for_products(kLeft);
+}
+
+template <int kTiles>
+void settle(float (&)[kTiles][4]) {}
+
+namespace emulation {
+
+// A matrix in shared memory, by a descriptor of 128-byte swizzle: its address, and how far it is from 64 elements to
+// the next 64 of those that are contiguous, and from 8 to the next 8 of the others.
+struct SwizzledMatrix {
+  uint64_t descriptor;
+
+  const char* address(unsigned contiguous, unsigned other) const {
+    const auto field = [&](int bit) { return static_cast<unsigned>(descriptor >> bit & 0x3FFF) * 16; };
+    const unsigned offset =
+        field(0) + contiguous / 64 * field(16) + contiguous % 64 * 2 + other / 8 * field(32) + other % 8 * 128;
+    return static_cast<const char*>(dynamic_shared_memory()) + (offset ^ offset / 128 % 8 * 16);
+  }
+
+  template <typename scalar_t>
+  float read(unsigned contiguous, unsigned other) const {
+    scalar_t number;
+    std::memcpy(&number, address(contiguous, other), 2);
+    return static_cast<float>(number);
+  }
+
+  // The lane's share of so many rows of contiguous elements.
+  void check(unsigned rows, unsigned contiguous) const {
+    if (descriptor >> 62 != 1 || (descriptor >> 49 & 7) != 0) {
+      fault("multiplies a matrix that is not laid out by the 128-byte swizzle");
+    }
+    for (unsigned row = threadIdx.x % kWarpSize; row < rows; row += kWarpSize) {
+      for (unsigned column = 0; column < contiguous; column += 8) {
+        check_unordered_read(address(column, row), 16);
+      }
+    }
+  }
+};
+
+// Of kColumns sums, with a in registers and b's columns contiguous, or both in shared memory with contiguous rows.
+template <typename scalar_t, unsigned kColumns, bool kIsHeld>
+struct GroupProductOf {
+  static void check(const GroupProduct& product) {
+    if constexpr (kIsHeld) {
+      SwizzledMatrix{product.b}.check(16, kColumns);
+    } else {
+      SwizzledMatrix{product.a}.check(64, 16);
+      SwizzledMatrix{product.b}.check(kColumns, 16);
+    }
+  }
+
+  static void perform(const GroupProduct* const (&lanes)[kWarpSize]) {
+    const SwizzledMatrix a{lanes[0]->a}, b{lanes[0]->b};
+    float left[16][16], right[kColumns][16];
+    for (unsigned k = 0; k < 16; ++k) {
+      for (unsigned row = 0; row < 16; ++row) {
+        if constexpr (kIsHeld) {
+          const auto& held = *lanes[row % 8 * 4 + k / 2 % 4]->held;
+          left[row][k] = Product<scalar_t>::element(held[row / 8], held[2 + row / 8], k);
+        } else {
+          left[row][k] = a.read<scalar_t>(k, lanes[0]->warp % 4 * 16 + row);
+        }
+      }
+      for (unsigned column = 0; column < kColumns; ++column) {
+        right[column][k] = kIsHeld ? b.read<scalar_t>(column, k) : b.read<scalar_t>(k, column);
+      }
+    }
+    for (unsigned lane = 0; lane < kWarpSize; ++lane) {
+      for (unsigned i = 0; i < kColumns / 2; ++i) {
+        const unsigned row = lane / 4 + i % 4 / 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+        float sum = lanes[lane]->adds ? lanes[lane]->sums[i] : 0.0f;
+        for (unsigned k = 0; k < 16; ++k) {
+          sum += left[row][k] * right[column][k];
+        }
+        lanes[lane]->sums[i] = sum;
+      }
+    }
+  }
+};
+
+}  // namespace emulation
+
+template <typename scalar_t, int kColumns>
+void start_product(float (&sums)[kColumns / 8][4], uint64_t a, uint64_t b, bool adds) {
+  using Of = emulation::GroupProductOf<scalar_t, kColumns, false>;
+  emulation::start_product({&Of::check, &Of::perform, &sums[0][0], nullptr, a, b, adds}, kColumns / 2);
+}
+
+template <typename scalar_t, int kColumns>
+void start_product(float (&sums)[kColumns / 8][4], const uint32_t (&a)[4], uint64_t b) {
+  using Of = emulation::GroupProductOf<scalar_t, kColumns, true>;
+  emulation::start_product({&Of::check, &Of::perform, &sums[0][0], &a, 0, b, true}, kColumns / 2);
+}
+
 }  // namespace gpt4fast

@@ -5,6 +5,8 @@ GPU, it is three, or two where a transposed convolution has taken the statistics
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,7 +42,16 @@ def batch_norm_activation(
     return BatchNormActivation.apply(input.contiguous(), weight, bias, eps, activation, negative_slope, *kernels)
 
 
-def cuda_batch_norm_activation(
+class GpuKernels(NamedTuple):
+    """Of a batch norm on a GPU; their tensors are contiguous or channels last."""
+
+    statistics: Callable  # of (input, eps): mean, 1 / sqrt(variance + eps) and the biased variance
+    normalize: Callable  # of (input, mean, rstd, weight, bias, activation, negative_slope): the output
+    backward: Callable  # of (grad, input, weight, bias, mean, rstd, activation, negative_slope): three gradients
+
+
+def gpu_batch_norm_activation(
+    kernels: GpuKernels,
     input: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -51,20 +62,27 @@ def cuda_batch_norm_activation(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``batch_norm_activation`` on a GPU, for an input of any layout.
 
-    ``statistics`` are the input's, where ``conv_transpose_with_statistics`` took them with the same ``eps``; else a
-    pass over the input takes them.
+    ``statistics`` are the input's, where a transposed convolution took them with the same ``eps``; else a pass over the
+    input takes them.
     """
+
+    def forward(input, weight, bias, eps, *finish) -> tuple[Tensor, ...]:
+        mean, rstd, variance = kernels.statistics(input, eps) if statistics is None else statistics
+        return kernels.normalize(input, mean, rstd, weight, bias, *finish), mean, rstd, variance
+
     if not (input.is_contiguous() or input.movedim(1, -1).is_contiguous()):
         input = input.contiguous()
-    kernels = functools.partial(_normalize, statistics), torch.ops.gpt4fast.batch_norm_activation_backward
-    return BatchNormActivation.apply(input, weight, bias, eps, activation, negative_slope, *kernels)
+    return BatchNormActivation.apply(input, weight, bias, eps, activation, negative_slope, forward, kernels.backward)
 
 
-def _normalize(statistics, input, weight, bias, eps, activation, negative_slope) -> tuple[Tensor, ...]:
-    ops = torch.ops.gpt4fast
-    mean, rstd, variance = ops.batch_statistics(input, eps) if statistics is None else statistics
-    out = ops.batch_norm_apply(input, mean, rstd, weight, bias, activation, negative_slope)
-    return out, mean, rstd, variance
+cuda_batch_norm_activation = functools.partial(
+    gpu_batch_norm_activation,
+    GpuKernels(  # where they are called, torch.ops.gpt4fast has them
+        lambda *inputs: torch.ops.gpt4fast.batch_statistics(*inputs),
+        lambda *inputs: torch.ops.gpt4fast.batch_norm_apply(*inputs),
+        lambda *inputs: torch.ops.gpt4fast.batch_norm_activation_backward(*inputs),
+    ),
+)
 
 
 class BatchNormActivation(torch.autograd.Function):

@@ -96,20 +96,10 @@ def _has_few_channels(weight: Tensor, groups: int) -> bool:
     return groups > 1 and min(weight.shape[0] // groups, weight.shape[1]) < FEWEST_CHANNELS
 
 
-def conv_transpose_with_statistics(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: tuple[int, ...],
-    padding: tuple[int, ...],
-    output_padding: tuple[int, ...],
-    groups: int,
-    dilation: tuple[int, ...],
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """On a GPU, the transposed convolution of an input that is not empty, and what a batch norm behind it needs of each
-    output channel, taken where the output is written: mean, 1 / sqrt(variance + eps) and the biased variance, (Cout,)
-    each, float32, without gradients."""
+def cuda_conv_transpose_with_statistics(
+    input, weight, bias, stride, padding, output_padding, groups, dilation, eps
+) -> tuple[Tensor, ...]:
+    """See ``dispatch.conv_transpose_with_statistics``."""
     geometry = stride, padding, output_padding, groups, dilation
     if _has_few_channels(weight, groups):
         output = cuda_conv_transpose(input, weight, bias, *geometry, None, None, None, 0.0)

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..compiled.batch_norm import BatchNormActivation
+from ..compiled.batch_norm import GpuKernels, gpu_batch_norm_activation
 from . import batch_norm_config as config
 from .availability import triton_refusal
 from .conv_transpose_config import ceil_div, pixels_per_program, power_of_two
@@ -26,31 +26,6 @@ def refusal(input: Tensor) -> str | None:
     if max(math.prod(input.shape[1:]), input.numel() // max(1, input.shape[1])) >= 2**30:
         return "the Triton kernels count an image's elements and all images' pixels in 32 bits"
     return None
-
-
-def batch_norm_activation(
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    activation: str | None,
-    negative_slope: float,
-    statistics: tuple[Tensor, Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As ``compiled.batch_norm.batch_norm_activation``, for an input of any layout.
-
-    ``statistics`` are the input's, where ``conv_transpose_with_statistics`` took them with the same ``eps``; else a
-    pass over the input takes them.
-    """
-    if not (input.is_contiguous() or _is_channels_last(input)):
-        input = input.contiguous()
-    forward = functools.partial(_normalize, statistics)
-    return BatchNormActivation.apply(input, weight, bias, eps, activation, negative_slope, forward, _backward)
-
-
-def _normalize(statistics, input, weight, bias, eps, activation, negative_slope) -> tuple[Tensor, ...]:
-    mean, rstd, variance = _statistics(input, eps) if statistics is None else statistics
-    return _apply(input, mean, rstd, weight, bias, activation, negative_slope), mean, rstd, variance
 
 
 def _is_channels_last(tensor: Tensor) -> bool:
@@ -167,3 +142,6 @@ def _parts(pixels: int, channels: int, tile: dict[str, int], input: Tensor) -> t
 
 def _programs(pixels: int, channels: int, tile: dict[str, int]) -> tuple[int]:
     return (ceil_div(pixels, tile["BLOCK_M"]) * ceil_div(channels, tile["BLOCK_N"]),)
+
+
+batch_norm_activation = functools.partial(gpu_batch_norm_activation, GpuKernels(_statistics, _apply, _backward))

@@ -62,25 +62,8 @@ def conv_transpose(
     geometry = stride, padding, output_padding, groups, dilation
     if not needs_grad(input, weight, bias, scale, shift):
         return _forward(input, weight, bias, *geometry, scale, shift, activation, negative_slope)
-    output = _ConvTranspose.apply(input, weight, bias, *geometry, None)
+    output = ConvTranspose.apply(input, weight, bias, *geometry, None)
     return epilogue(output, scale, shift, activation, negative_slope).to(output.dtype)
-
-
-def conv_transpose_with_statistics(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: tuple[int, ...],
-    padding: tuple[int, ...],
-    output_padding: tuple[int, ...],
-    groups: int,
-    dilation: tuple[int, ...],
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The transposed convolution of an input that is not empty, and what a batch norm behind it needs of each output
-    channel, taken where the output is written: mean, 1 / sqrt(variance + eps) and the biased variance, (Cout,) each,
-    float32, without gradients."""
-    return _ConvTranspose.apply(input, weight, bias, stride, padding, output_padding, groups, dilation, eps)
 
 
 def bind(call: dict) -> Callable[..., Tensor]:
@@ -107,7 +90,9 @@ def bind(call: dict) -> Callable[..., Tensor]:
     return run
 
 
-class _ConvTranspose(torch.autograd.Function):
+class ConvTranspose(torch.autograd.Function):
+    """With ``eps``, as ``dispatch.conv_transpose_with_statistics``; without it the output alone."""
+
     @staticmethod
     def forward(ctx, input, weight, bias, stride, padding, output_padding, groups, dilation, eps):
         ctx.save_for_backward(input, weight)

@@ -10,10 +10,18 @@ import torch
 from .. import test_attention_backward as backward
 from ..test_attention_forward import DTYPES, OPTION_NAMES, assert_close, attend, definition, make_inputs, options_named
 
+HALF = [torch.bfloat16, torch.float16]
+
 
 @pytest.fixture(autouse=True)
 def _cuda_ops(cuda_ops, monkeypatch):
     monkeypatch.setattr(torch.ops, "gpt4fast", cuda_ops)
+
+
+@pytest.fixture
+def _hopper(cuda_ops, monkeypatch):
+    """Hopper's own kernel, which has half types and no masks."""
+    monkeypatch.setenv("GPT4FAST_WGMMA", "1")
 
 
 # (B, Hq, Hk, Lq, Lk, D, Dv): tails of queries and keys, grouped heads, copies of 16 bytes and of single numbers.
@@ -26,6 +34,24 @@ def test_matches_float64(name, dtype):
     for shape in SHAPES:
         batch, heads, _, queries, keys, _, _ = shape
         assert_close(*make_inputs(*shape, dtype), **options_named(name, batch, heads, queries, keys))
+
+
+@pytest.mark.usefixtures("_hopper")
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("name", [name for name in OPTION_NAMES if "mask" not in name])
+def test_hopper_matches_float64(name, dtype):
+    """One tile, several of each width of heads, and their ends; copies of 16 bytes and of single numbers."""
+    for shape in [(2, 2, 1, 33, 65, 40, 24), (1, 2, 1, 200, 400, 16, 16), (1, 1, 1, 70, 300, 128, 80)]:
+        batch, heads, _, queries, keys, _, _ = shape
+        assert_close(*make_inputs(*shape, dtype), **options_named(name, batch, heads, queries, keys))
+    assert_close(*make_inputs(1, 1, 1, 5, 150, 7, 3, dtype), **options_named(name, 1, 1, 5, 150))
+
+
+@pytest.mark.usefixtures("_hopper")
+@pytest.mark.parametrize("dtype", HALF)
+def test_hopper_with_every_width(dtype):
+    for dim, value_dim in ((64, 64), (128, 72), (72, 128), (256, 200), (136, 256)):
+        assert_close(*make_inputs(1, 1, 1, 130, 140, dim, value_dim, dtype), is_causal=True, query_offset=20)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

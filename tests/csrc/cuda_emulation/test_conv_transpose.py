@@ -13,7 +13,8 @@ from ..test_affine_activation import ACTIVATIONS
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CONVOLUTIONS = {3: F.conv_transpose1d, 4: F.conv_transpose2d, 5: F.conv_transpose3d}
 
-# (N, C, *sizes), (Cout / groups, *kernel), stride, padding, output padding, groups, dilation
+# (N, C, *sizes), (Cout / groups, *kernel), stride, padding, output padding, groups, dilation. Between them they have
+# every tile with and without splits: see test_conv_transpose_plan.py.
 SHAPES = {
     "doubling": ((2, 16, 5, 6), (40, 4, 4), 2, 1, 0, 1, 1),
     "vocoder": ((1, 24, 17), (12, 16), 8, 4, 0, 1, 1),
@@ -25,6 +26,17 @@ SHAPES = {
     "stride over kernel": ((1, 8, 5), (4, 2), 3, 0, 1, 1, 1),
     "many taps": ((1, 3, 40), (2, 25), 1, 12, 0, 1, 1),
     "padding over kernel": ((1, 8, 9), (4, 2), 1, 4, 0, 1, 1),
+    "one pixel": ((3, 24, 1, 1), (18, 4, 4), 1, 0, 0, 1, 1),
+    "a line of one pixel": ((2, 12, 1, 5), (9, 3, 4), 2, 1, 1, 1, 2),
+    "large tiles": ((2, 40, 8, 16), (66, 2, 2), 2, 0, 0, 1, 1),
+    "medium tiles": ((1, 8, 101), (64, 2), 2, 0, 0, 1, 1),
+    "small tiles": ((1, 40, 9), (5, 2), 1, 0, 0, 1, 1),
+    "narrow tiles": ((1, 40, 6, 50), (3, 2, 1), 1, 0, 0, 1, 1),
+    "splits of large tiles": ((1, 8, 8), (66, 16), 1, 0, 0, 1, 1),
+    "splits of medium tiles": ((2, 8, 9), (3, 16), 1, 0, 0, 1, 1),
+    "splits of small tiles": ((1, 136, 2, 3), (40, 3, 3), 1, 0, 0, 1, 1),
+    "splits of narrow tiles": ((1, 72, 97), (16, 4), 1, 0, 0, 1, 1),
+    "splits of a phase without taps": ((1, 72, 6), (7, 20), 2, 0, 0, 1, 2),
 }
 
 
@@ -126,7 +138,7 @@ def test_matches_float64(cuda_ops, name, dtype):
             check(output, input, weight, bias, geometry)
 
 
-@pytest.mark.parametrize("name", ["doubling", "odd channels", "groups"])
+@pytest.mark.parametrize("name", ["doubling", "odd channels", "groups", *(name for name in SHAPES if "tiles" in name)])
 def test_tf32(cuda_ops, name):
     input, weight, bias, geometry = operands(name, torch.float32)
     check(convolve(cuda_ops, input, weight, bias, geometry, tf32=True), input, weight, bias, geometry, unit=2**-10)
@@ -134,19 +146,11 @@ def test_tf32(cuda_ops, name):
     check(convolve(cuda_ops, input, weight, bias, geometry, tf32=True), input, weight, bias, geometry)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_large_tiles(cuda_ops, dtype):
-    """Of half types and TF32: enough pixels and channels for every multiprocessor."""
-    input, weight, bias = torch.randn(2, 40, 8, 16).to(dtype), torch.randn(40, 66, 2, 2).to(dtype), torch.randn(66)
-    geometry = (2, 0, 0, 1, 1)
-    output = convolve(cuda_ops, input, weight, bias, geometry, tf32=True)
-    check(output, input, weight, bias, geometry, unit=2**-10 if dtype == torch.float32 else None)
-
-
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_epilogue(cuda_ops, activation, channels_last):
-    input, weight, bias, geometry = operands("doubling", torch.float32)
+@pytest.mark.parametrize("name", ["doubling", "splits of small tiles"])
+def test_epilogue(cuda_ops, name, activation, channels_last):
+    input, weight, bias, geometry = operands(name, torch.float32)
     for given in itertools.product((True, False), repeat=2):
         scale, shift = (torch.randn(40).to(torch.bfloat16) if keep else None for keep in given)
         output = convolve(cuda_ops, input, weight, bias, geometry, (scale, shift, activation), channels_last)
@@ -156,6 +160,8 @@ def test_epilogue(cuda_ops, activation, channels_last):
         if shift is not None:
             expected = expected + shift.double().view(-1, 1, 1)
         torch.testing.assert_close(output.double(), ACTIVATIONS[activation](expected), rtol=1e-4, atol=1e-4)
+        again = convolve(cuda_ops, input, weight, bias, geometry, (scale, shift, activation), channels_last)
+        assert torch.equal(again, output)
 
 
 def test_any_strides_and_misaligned_starts(cuda_ops):

@@ -24,10 +24,13 @@ from .build import CUDA_SOURCES, ROOT, build
 from .test_attention_decode import Case
 
 DECODE, CONVOLUTION, AFFINE = "attention_decode.cu", "conv_transpose.cu", "affine_activation.cu"
-ATTENTION, BACKWARD = "attention_forward.cu", "attention_backward.cu"
-TILES, WEIGHTS, SCORES, BLOCK = (f"attention_{name}.cuh" for name in ("tiles", "weights", "backward_scores", "block"))
+ATTENTION, HOPPER, BACKWARD = "attention_forward.cu", "attention_forward_hopper.cu", "attention_backward.cu"
+TILES, BLOCK, RANGES, WEIGHTS, SCORES = (
+    f"attention_{name}.cuh" for name in ("tiles", "forward_block", "block", "weights", "backward_scores")
+)
 OF_QUERIES, OF_KEYS = "attention_query_gradient.cuh", "attention_key_gradient.cuh"
 NORM, KERNEL, WEIGHT = "batch_norm.cu", "conv_transpose_kernel.cuh", "conv_transpose_weight_gradient.cu"
+SUMS = "block_sums.cu"
 BARRIER, WARP_BARRIER = "__syncthreads();", "__syncwarp();"
 
 # (source of the operator, file, what stands there, what is planted)
@@ -91,24 +94,24 @@ FAULTS = {
     "attention: the next sequence's query": (ATTENTION, TILES, "to = end - first;", "to = end - first + 1;"),
     "attention: a row too many": (
         ATTENTION,
-        ATTENTION,
-        "row < query_length) {",
-        "row <= query_length) {",
+        BLOCK,
+        "row < sequence.query_length) {",
+        "row <= sequence.query_length) {",
     ),
     "attention: keys of a tile that not all queries see": (
         ATTENTION,
-        ATTENTION,
+        BLOCK,
         "wholes = as_key(positions.upper(first_query)) / kKeys",
         "wholes = as_key(positions.upper(last_query)) / kKeys",
     ),
     "attention: keys before the first of a tile": (
         ATTENTION,
-        ATTENTION,
+        BLOCK,
         "first_whole = (as_key(positions.lower(last_query)) + kKeys - 1)",
         "first_whole = (as_key(positions.lower(first_query)) + kKeys - 1)",
     ),
     "attention: lane of a key": (ATTENTION, "attention_products.cuh", "lane / 8 % 2 * 8", "lane / 16 * 8"),
-    "attention: mask of a row too many": (ATTENTION, ATTENTION, "!kAlters || row < query_length ?", "true ?"),
+    "attention: mask of a row too many": (ATTENTION, ATTENTION, "first_row + 8 * i < query_length ?", "true ?"),
     "attention: mask transposed": (ATTENTION, WEIGHTS, "query * row_stride + key * stride", "key * row_stride + query"),
     "attention: hidden values are multiplied": (
         ATTENTION,
@@ -124,6 +127,37 @@ FAULTS = {
     ),
     "attention: a word of another key": (ATTENTION, WEIGHTS, "key % 64 / 16;", "key % 32 / 16;"),
     "attention: the weight beside is dropped": (ATTENTION, WEIGHTS, "2 * (n + k) + j);", "2 * (n + k) + 1 - j);"),
+    "hopper: tile not waited for": (
+        HOPPER,
+        HOPPER,
+        "wait_for_copies<0>();\n      synch",
+        "wait_for_copies<1>();\n      synch",
+    ),
+    "hopper: no barrier": (HOPPER, HOPPER, f"publish_writes();\n    {BARRIER}", "publish_writes();"),
+    "hopper: tile not published": (HOPPER, HOPPER, f"publish_writes();\n    {BARRIER}", BARRIER),
+    "hopper: scores not waited for": (HOPPER, HOPPER, "wait_for_products<1>", "wait_for_products<2>"),
+    "hopper: output not waited for": (
+        HOPPER,
+        HOPPER,
+        "wait_for_products<0>();\n      settle(out[0]);\n      shrink_row(out, 0, shrinks[0]);",
+        "shrink_row(out, 0, shrinks[0]);\n      wait_for_products<0>();",
+    ),
+    "hopper: weights that are still multiplied": (
+        HOPPER,
+        HOPPER,
+        "weigh(tile + 1);\n      wait_for_products<0>();",
+        "weigh(tile + 1);\n      pack_all();\n      wait_for_products<0>();",
+    ),
+    "hopper: keys that are still multiplied": (HOPPER, HOPPER, "shared.keys, tile + 2", "shared.keys, tile + 3"),
+    "hopper: queries of another group": (HOPPER, HOPPER, "warp / 4 * 64, d", "0, d"),
+    "hopper: no barrier before the result": (
+        HOPPER,
+        HOPPER,
+        f"{BARRIER}\n  float shares",
+        "float shares",
+    ),
+    "hopper: columns not exchanged": (HOPPER, "swizzled_tile.cuh", "(column / 8 ^ row) % 8", "column / 8 % 8"),
+    "hopper: distance of panels": (HOPPER, "swizzled_tile.cuh", "uint64_t{2 * kPanel / 16}", "uint64_t{kPanel / 16}"),
     "gradient of queries: tile not waited for": (
         BACKWARD,
         OF_QUERIES,
@@ -134,7 +168,7 @@ FAULTS = {
     "gradient of queries: no barrier after the output": (BACKWARD, OF_QUERIES, BARRIER + "  // everyone is", "// is"),
     "gradient of queries: keys of a tile that not all queries see": (
         BACKWARD,
-        BLOCK,
+        RANGES,
         "as_key(positions.upper(first))};",
         "as_key(positions.upper(last))};",
     ),
@@ -168,7 +202,7 @@ FAULTS = {
     ),
     "gradient of keys: queries of a tile that do not see all keys": (
         BACKWARD,
-        BLOCK,
+        RANGES,
         "positions.first(first + kRows - 1)",
         "positions.first(first)",
     ),
@@ -225,6 +259,30 @@ FAULTS = {
         "static_cast<int>(w) * along_w.source_stride",
         "static_cast<int>(w)",
     ),
+    "splits: a step too few": (CONVOLUTION, KERNEL, "min(each, steps - first)", "min(each - 1, steps - first)"),
+    "splits: all from the first slice": (CONVOLUTION, KERNEL, "slice = first % slices;", "slice = 0;"),
+    "splits: all from the first tap": (CONVOLUTION, KERNEL, "tap_w = tap % along_w.taps;", "tap_w = 0;"),
+    "splits: from a tap's first channel": (CONVOLUTION, KERNEL, "channel = slice * kDepth;", "channel = 0;"),
+    "splits: channels of the weight's first slice": (
+        CONVOLUTION,
+        KERNEL,
+        "(channel + thread / kEach)",
+        "thread / kEach",
+    ),
+    "splits: all in one place": (CONVOLUTION, KERNEL, "p.sums + shared.part * p.numel", "p.sums"),
+    "splits: the bias of another channel": (CONVOLUTION, SUMS, "index / p.inner % p.channels", "index % p.channels"),
+    "convolution: no barrier after the epilogue": (
+        CONVOLUTION,
+        KERNEL,
+        f"  {BARRIER}\n  write(static_cast",
+        "  write(static_cast",
+    ),
+    "convolution: a stride of two pixels is widened": (
+        CONVOLUTION,
+        CONVOLUTION,
+        "p.in_size[axis] == 1",
+        "p.in_size[axis] <= 2",
+    ),
     "sums: no barrier between the halves": (
         CONVOLUTION,
         "block_sums.cuh",
@@ -260,15 +318,15 @@ FAULTS = {
     ),
     "weight gradient: part left out": (
         CONVOLUTION,
-        "block_sums.cuh",
+        SUMS,
         "part < p.number; part += kSum",
         "part + 1 < p.number; part += kSum",
     ),
     "convolution: no barrier after the sums": (
         CONVOLUTION,
         KERNEL,
-        f"{BARRIER}\n  auto* out",
-        "\n  auto* out",
+        f"{BARRIER}\n  const auto write",
+        "\n  const auto write",
     ),
     "convolution: a column beside the image": (CONVOLUTION, KERNEL, "w < p.in_size[2]", "w <= p.in_size[2]"),
     "convolution: taps the other way round": (
@@ -301,6 +359,12 @@ FAULTS = {
         "conv_transpose_products.cuh",
         "channels + lane % 16",
         "channels + lane % 8",
+    ),
+    "layout: rows in the order of the source": (
+        CONVOLUTION,
+        "conv_transpose_layout.cuh",
+        "is_row ? row : -1",
+        "is_row ? first_row + lane : -1",
     ),
     "layout: no barrier": (CONVOLUTION, "conv_transpose_layout.cuh", BARRIER, ""),
     "layout: a channel too many": (
@@ -350,6 +414,14 @@ def attention_battery(ops) -> None:
     assert all(map(torch.equal, attend(query, key, value, mask, **DROPS), expected))
 
 
+def hopper_battery(ops) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GPT4FAST_WGMMA", "1")
+        for widths in ((64, 64), (40, 128)):
+            assert_close(*make_inputs(1, 1, 1, 200, 500, *widths, torch.float16), is_causal=True, query_offset=280)
+        assert_close(*make_inputs(1, 1, 1, 9, 500, 7, 3, torch.bfloat16))
+
+
 DROPS = {"dropout_p": 0.4, "dropout_seed": torch.tensor([2**62 + 5])}
 
 
@@ -371,9 +443,14 @@ def backward_battery(ops) -> None:
 
 
 def convolution_battery(ops) -> None:
-    for name, dtype in (("doubling", torch.float16), ("odd channels", torch.float32), ("groups", torch.bfloat16)):
+    for name, dtype in (
+        ("doubling", torch.float16),
+        ("odd channels", torch.float32),
+        ("groups", torch.bfloat16),
+        ("splits of small tiles", torch.float16),
+    ):
         input, weight, bias, geometry = convolution.operands(name, dtype)
-        layouts = [torch.channels_last] if name == "doubling" else []
+        layouts = [torch.channels_last] if input.dim() == 4 else []
         for layout in (torch.contiguous_format, *layouts):
             same = weight.contiguous(memory_format=layout)
             output, _, _, variance = convolution.with_statistics(ops, input, same, bias, geometry, 0.0)
@@ -402,10 +479,16 @@ def norm_battery(ops) -> None:
 
 
 # Sources that an operator needs besides its own.
-OTHERS = {CONVOLUTION: [WEIGHT], NORM: [AFFINE]}
+OTHERS = {
+    CONVOLUTION: [WEIGHT, NORM, SUMS],
+    NORM: [AFFINE, SUMS],
+    ATTENTION: [HOPPER],
+    HOPPER: [ATTENTION],
+}
 BATTERIES = {
     DECODE: decode_battery,
     ATTENTION: attention_battery,
+    HOPPER: hopper_battery,
     BACKWARD: backward_battery,
     CONVOLUTION: convolution_battery,
     AFFINE: affine_battery,

@@ -1,0 +1,110 @@
+#pragma once
+
+// What the kernels of attention's forward pass have in common around their products: a block's queries and the keys
+// that they see, how scores are changed, and how the result is written.
+
+#include "attention_tiles.cuh"
+#include "attention_weights.cuh"
+
+namespace gpt4fast {
+
+struct AttentionLaunch : AttentionForwardParams {
+  Dropout dropout;
+  int64_t tiles;                                                // of queries: of a sequence, or of all packed ones
+  bool query_is_wide, key_is_wide, value_is_wide, out_is_wide;  // rows can be moved 16 bytes at a time
+};
+
+// A head and its keys' head, of the block.
+struct BlockHead {
+  uint32_t query, key;
+
+  __device__ __forceinline__ explicit BlockHead(const AttentionParams& p)
+      : query(blockIdx.x % static_cast<uint32_t>(p.query_heads)),
+        key(query / (static_cast<uint32_t>(p.query_heads) / static_cast<uint32_t>(p.kv_heads))) {}
+};
+
+// Which queries of which sequence the block takes: the last ones first, since causal ones have most to do.
+__device__ __forceinline__ Sequence block_sequence(const AttentionLaunch& p, int rows) {
+  const auto heads = static_cast<uint32_t>(p.query_heads);
+  return {p, gridDim.x / heads - 1 - blockIdx.x / heads, p.tiles, rows, false};
+}
+
+// The tiles of kKeys keys that any of kRows queries sees, and those among them that all of them see.
+template <int kRows, int kKeys>
+struct SeenTiles {
+  int first_query, query_length, first_key, last_key;
+  int first, end, first_whole, wholes;  // tiles
+
+  __device__ __forceinline__ SeenTiles(const Sequence& sequence, const Positions& positions)
+      : first_query(static_cast<int>(sequence.tile) * kRows), query_length(static_cast<int>(sequence.query_length)) {
+    const auto as_key = [&](int64_t key) { return as_row(key, sequence.key_length); };
+    const int last_query = min(first_query + kRows, query_length) - 1;
+    first_key = as_key(positions.lower(first_query));
+    last_key = as_key(positions.upper(last_query));
+    first = first_key / kKeys;
+    end = first_key < last_key ? (last_key + kKeys - 1) / kKeys : first;
+    first_whole = (as_key(positions.lower(last_query)) + kKeys - 1) / kKeys;
+    wholes = as_key(positions.upper(first_query)) / kKeys;
+  }
+
+  __device__ __forceinline__ bool is_whole(int tile) const { return first_whole <= tile && tile < wholes; }
+};
+
+// scale, softcap and ALiBi, in units of log2. `distance`: of a lane's first query from the first of its columns.
+template <int kParts, int kTiles>
+__device__ __forceinline__ void bend_scores(const AttentionLaunch& p, float (&scores)[kParts][kTiles][4], int64_t batch,
+                                            uint32_t head, float distance) {
+  if (p.softcap != 0.0f) {
+    const float scale = p.scale / p.softcap, cap = p.softcap * kLog2E;
+    for_each_score(scores, [&](float& score, int, int) { score = cap * tanhf(scale * score); });
+  } else {
+    const float scale = p.scale * kLog2E;
+    for_each_score(scores, [&](float& score, int, int) { score *= scale; });
+  }
+  if (p.alibi_slopes) {
+    const float slope = kLog2E * p.alibi_slopes[batch * p.alibi_strides[0] + head * p.alibi_strides[1]];
+    for_each_score(scores, [&](float& score, int i, int column) {
+      score -= slope * fabsf(distance + static_cast<float>(8 * i - column));
+    });
+  }
+}
+
+// The columns [from, to) behind a lane's first one that each of its rows sees by position.
+template <int kParts, int kKeys>
+__device__ __forceinline__ void see_columns(const Positions& positions, int first_row, int first_column,
+                                            int (&from)[2 * kParts], int (&to)[2 * kParts]) {
+#pragma unroll
+  for (int i = 0; i < 2 * kParts; ++i) {
+    const int64_t row = first_row + 8 * i;  // with 32 bits nvcc 13.0 spilled five registers more
+    from[i] = within(positions.lower(row) - first_column, kKeys);
+    to[i] = within(positions.upper(row) - first_column, kKeys);
+  }
+}
+
+// Writes the logarithms of the sums, and gives the shares by which the rows of the output are still to be multiplied.
+template <int kParts>
+__device__ __forceinline__ void write_lse(const AttentionLaunch& p, const Sequence& sequence, int64_t batch,
+                                          uint32_t head, int first_row, float scale, const float (&peaks)[2 * kParts],
+                                          const float (&totals)[2 * kParts], float (&shares)[2 * kParts]) {
+#pragma unroll
+  for (int i = 0; i < 2 * kParts; ++i) {
+    float total = totals[i];
+    total += __shfl_xor_sync(0xFFFFFFFFu, total, 1);
+    total += __shfl_xor_sync(0xFFFFFFFFu, total, 2);
+    shares[i] = total == 0.0f ? 0.0f : scale / total;
+    const int row = first_row + 8 * i;
+    if (threadIdx.x % 4 == 0 && row < sequence.query_length) {
+      p.lse[(batch * p.query_heads + head) * p.query_length + sequence.query_begin + row] =
+          total == 0.0f ? -kInfinity : (peaks[i] + log2f(total)) * kLn2;
+    }
+  }
+}
+
+// How many blocks take all queries of all heads, so many rows each. Packed sequences may each end with a tile that is
+// not full.
+inline int64_t query_blocks(AttentionLaunch& p, int64_t rows) {
+  p.tiles = ceil_div(p.query_length, rows) + (p.cu_seqlens_q ? p.batch : 0);
+  return (p.cu_seqlens_q ? 1 : p.batch) * p.tiles * p.query_heads;
+}
+
+}  // namespace gpt4fast
