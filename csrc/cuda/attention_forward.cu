@@ -43,20 +43,16 @@ __global__ void __launch_bounds__(AttentionConfig<scalar_t, kWidth, kAlters>::kT
   if (sequence.tile * kRows >= sequence.query_length) {
     return;
   }
-  const int64_t batch = sequence.batch;
-  const int64_t batch_in_memory = p.cu_seqlens_q ? 0 : batch;  // packed sequences lie in one
   const Positions positions(p, sequence);
-  const SeenTiles<kRows, kKeys> tiles(sequence, positions);
-  const int first_query = tiles.first_query, query_length = tiles.query_length;
+  const int first_query = static_cast<int>(sequence.tile) * kRows;
+  const auto query_length = static_cast<int>(sequence.query_length);
+  const auto range = seen_keys<kKeys, kRows>(positions, sequence, first_query);
 
-  const HeadRows query(p.query, p.query_strides, batch_in_memory, head.query, sequence.query_begin, p.head_dim,
-                       p.query_is_wide);
-  const HeadRows keys(p.key, p.key_strides, batch_in_memory, head.key, sequence.key_begin, p.head_dim, p.key_is_wide);
-  const HeadRows values(p.value, p.value_strides, batch_in_memory, head.key, sequence.key_begin, p.value_dim,
-                        p.value_is_wide);
-  const auto request = [&](const HeadRows& rows, scalar_t(&stages)[kStages][kKeys* kStride], int tile) {
-    if (tile < tiles.end) {
-      rows.template load<kKeys>(stages[tile % kStages], tile * kKeys, tiles.first_key, tiles.last_key);
+  const SequenceRows<AttentionLaunch, HeadRows> rows(p, sequence);
+  const HeadRows query = rows.query(head.query), keys = rows.keys(head.key), values = rows.values(head.key);
+  const auto request = [&](const HeadRows& from, scalar_t(&stages)[kStages][kKeys* kStride], int tile) {
+    if (tile < range.tiles) {
+      from.template load<kKeys>(stages[tile % kStages], tile * kKeys, range.begin, range.end);
     }
     commit_copies();  // the first group has the query, too
   };
@@ -78,13 +74,13 @@ __global__ void __launch_bounds__(AttentionConfig<scalar_t, kWidth, kAlters>::kT
   query.template load<kRows>(shared.query, first_query, 0, query_length);
 #pragma unroll
   for (int stage = 0; stage < kStages; ++stage) {
-    request(keys, shared.keys, tiles.first + stage);
+    request(keys, shared.keys, range.first_tile + stage);
     if (stage < kStages - 1) {
-      request(values, shared.values, tiles.first + stage);
+      request(values, shared.values, range.first_tile + stage);
     }
   }
 #pragma unroll 1
-  for (int tile = tiles.first; tile < tiles.end; ++tile) {
+  for (int tile = range.first_tile; tile < range.tiles; ++tile) {
     float scores[kParts][kKeys / 8][4] = {};
     wait();
     request(values, shared.values, tile + kStages - 1);
@@ -92,9 +88,10 @@ __global__ void __launch_bounds__(AttentionConfig<scalar_t, kWidth, kAlters>::kT
                                                 shared.keys[tile % kStages]);
     const int first_column = tile * kKeys + lane % 4 * 2;
     if (!is_plain) {
-      bend_scores(p, scores, batch, head.query, static_cast<float>(first_row + positions.offset - first_column));
+      bend_scores(p, scores, sequence.batch, head.query,
+                  static_cast<float>(first_row + positions.offset - first_column));
     }
-    if ((kAlters && p.mask) || !tiles.is_whole(tile)) {
+    if ((kAlters && p.mask) || !range.is_whole(tile)) {
       int from[2 * kParts], to[2 * kParts];
       see_columns<kParts, kKeys>(positions, first_row, first_column, from, to);
       if (kAlters) {
@@ -107,7 +104,7 @@ __global__ void __launch_bounds__(AttentionConfig<scalar_t, kWidth, kAlters>::kT
         score = from[i] <= column && column < to[i] ? score : -kInfinity;
       });
       if (kAlters && p.mask) {
-        const MaskOfHead mask(p, batch, head.query);
+        const MaskOfHead mask(p, sequence.batch, head.query);
         for_each_score(scores, [&](float& score, int i, int column) {
           if (from[i] <= column && column < to[i]) {
             const float bias = mask.read(first_row + 8 * i, first_column + column);
@@ -119,7 +116,8 @@ __global__ void __launch_bounds__(AttentionConfig<scalar_t, kWidth, kAlters>::kT
     }
     exponentiate(scores, factor, peaks, totals, [&](int i, float by) { shrink_row(out, i, by); });
     if (kAlters && p.dropout.seed) {
-      const uint64_t kept = kept_weights<kParts, kKeys / 8>(p.dropout, batch, head.query, first_row, first_column);
+      const uint64_t kept =
+          kept_weights<kParts, kKeys / 8>(p.dropout, sequence.batch, head.query, first_row, first_column);
       for_each_score(scores, [&](float& score, int i, int column) {
         score = kept >> (kKeys / 4 * i + column / 8 * 2 + column % 2) & 1 ? score : 0.0f;
       });
@@ -136,14 +134,14 @@ __global__ void __launch_bounds__(AttentionConfig<scalar_t, kWidth, kAlters>::kT
   // Through the rows of the query that the warp alone has read, to be written in whole rows.
   wait_for_copies<0>();  // of a query that no key met
   __syncthreads();
-  scalar_t* rows = shared.query + Config::kWarpRows * warp * kStride;
+  scalar_t* staged = shared.query + Config::kWarpRows * warp * kStride;
   float shares[2 * kParts];
-  write_lse<kParts>(p, sequence, batch_in_memory, head.query, first_row, kAlters ? p.dropout.scale : 1.0f, peaks,
-                    totals, shares);
+  write_lse<kParts>(p.lse + rows.first_of_head(head.query), first_row, query_length, kAlters ? p.dropout.scale : 1.0f,
+                    peaks, totals, shares);
   const int first_warp_row = first_query + Config::kWarpRows * warp;
-  auto* result = static_cast<scalar_t*>(p.out) + batch_in_memory * p.out_strides[0] + head.query * p.out_strides[1] +
+  auto* result = static_cast<scalar_t*>(p.out) + rows.batch * p.out_strides[0] + head.query * p.out_strides[1] +
                  (sequence.query_begin + first_warp_row) * p.out_strides[2];
-  write_rows<scalar_t, kWidth, kParts>(out, shares, rows, result, p.out_strides,
+  write_rows<scalar_t, kWidth, kParts>(out, shares, staged, result, p.out_strides,
                                        min(Config::kWarpRows, query_length - first_warp_row),
                                        static_cast<int>(p.value_dim), p.out_is_wide);
 }

@@ -1,9 +1,9 @@
 #pragma once
 
-// What the kernels of attention's forward pass have in common around their products: a block's queries and the keys
-// that they see, how scores are changed, and how the result is written.
+// What the kernels of attention's forward pass have in common around their products: which queries a block takes, how
+// scores are changed, and how their sums are written.
 
-#include "attention_tiles.cuh"
+#include "attention_block.cuh"
 #include "attention_weights.cuh"
 
 namespace gpt4fast {
@@ -28,27 +28,6 @@ __device__ __forceinline__ Sequence block_sequence(const AttentionLaunch& p, int
   const auto heads = static_cast<uint32_t>(p.query_heads);
   return {p, gridDim.x / heads - 1 - blockIdx.x / heads, p.tiles, rows, false};
 }
-
-// The tiles of kKeys keys that any of kRows queries sees, and those among them that all of them see.
-template <int kRows, int kKeys>
-struct SeenTiles {
-  int first_query, query_length, first_key, last_key;
-  int first, end, first_whole, wholes;  // tiles
-
-  __device__ __forceinline__ SeenTiles(const Sequence& sequence, const Positions& positions)
-      : first_query(static_cast<int>(sequence.tile) * kRows), query_length(static_cast<int>(sequence.query_length)) {
-    const auto as_key = [&](int64_t key) { return as_row(key, sequence.key_length); };
-    const int last_query = min(first_query + kRows, query_length) - 1;
-    first_key = as_key(positions.lower(first_query));
-    last_key = as_key(positions.upper(last_query));
-    first = first_key / kKeys;
-    end = first_key < last_key ? (last_key + kKeys - 1) / kKeys : first;
-    first_whole = (as_key(positions.lower(last_query)) + kKeys - 1) / kKeys;
-    wholes = as_key(positions.upper(first_query)) / kKeys;
-  }
-
-  __device__ __forceinline__ bool is_whole(int tile) const { return first_whole <= tile && tile < wholes; }
-};
 
 // scale, softcap and ALiBi, in units of log2. `distance`: of a lane's first query from the first of its columns.
 template <int kParts, int kTiles>
@@ -81,11 +60,12 @@ __device__ __forceinline__ void see_columns(const Positions& positions, int firs
   }
 }
 
-// Writes the logarithms of the sums, and gives the shares by which the rows of the output are still to be multiplied.
+// Writes the logarithms of the sums from `lse` on, where the sequence's first query has its own, and gives the shares
+// by which the rows of the output are still to be multiplied.
 template <int kParts>
-__device__ __forceinline__ void write_lse(const AttentionLaunch& p, const Sequence& sequence, int64_t batch,
-                                          uint32_t head, int first_row, float scale, const float (&peaks)[2 * kParts],
-                                          const float (&totals)[2 * kParts], float (&shares)[2 * kParts]) {
+__device__ __forceinline__ void write_lse(float* lse, int first_row, int query_length, float scale,
+                                          const float (&peaks)[2 * kParts], const float (&totals)[2 * kParts],
+                                          float (&shares)[2 * kParts]) {
 #pragma unroll
   for (int i = 0; i < 2 * kParts; ++i) {
     float total = totals[i];
@@ -93,9 +73,8 @@ __device__ __forceinline__ void write_lse(const AttentionLaunch& p, const Sequen
     total += __shfl_xor_sync(0xFFFFFFFFu, total, 2);
     shares[i] = total == 0.0f ? 0.0f : scale / total;
     const int row = first_row + 8 * i;
-    if (threadIdx.x % 4 == 0 && row < sequence.query_length) {
-      p.lse[(batch * p.query_heads + head) * p.query_length + sequence.query_begin + row] =
-          total == 0.0f ? -kInfinity : (peaks[i] + log2f(total)) * kLn2;
+    if (threadIdx.x % 4 == 0 && row < query_length) {
+      lse[row] = total == 0.0f ? -kInfinity : (peaks[i] + log2f(total)) * kLn2;
     }
   }
 }

@@ -33,24 +33,22 @@ __global__ void __launch_bounds__(HopperAttentionConfig<kWidth>::kThreads, 1)
   if (sequence.tile * kRows >= sequence.query_length) {
     return;
   }
-  const int64_t batch_in_memory = p.cu_seqlens_q ? 0 : sequence.batch;  // packed sequences lie in one
   const Positions positions(p, sequence);
-  const SeenTiles<kRows, kKeys> tiles(sequence, positions);
+  const int first_query = static_cast<int>(sequence.tile) * kRows;
+  const auto query_length = static_cast<int>(sequence.query_length);
+  const auto range = seen_keys<kKeys, kRows>(positions, sequence, first_query);
 
-  const HeadRows query(p.query, p.query_strides, batch_in_memory, head.query, sequence.query_begin, p.head_dim,
-                       p.query_is_wide);
-  const HeadRows keys(p.key, p.key_strides, batch_in_memory, head.key, sequence.key_begin, p.head_dim, p.key_is_wide);
-  const HeadRows values(p.value, p.value_strides, batch_in_memory, head.key, sequence.key_begin, p.value_dim,
-                        p.value_is_wide);
-  const auto request = [&](const HeadRows& rows, scalar_t(&stages)[kStages][kKeys* kWidth], int tile) {
-    if (tile < tiles.end) {
-      rows.template load<kKeys, KeyTile>(stages[tile % kStages], tile * kKeys, tiles.first_key, tiles.last_key);
+  const SequenceRows<AttentionLaunch, HeadRows> rows(p, sequence);
+  const HeadRows query = rows.query(head.query), keys = rows.keys(head.key), values = rows.values(head.key);
+  const auto request = [&](const HeadRows& from, scalar_t(&stages)[kStages][kKeys* kWidth], int tile) {
+    if (tile < range.tiles) {
+      from.template load<kKeys, KeyTile>(stages[tile % kStages], tile * kKeys, range.begin, range.end);
     }
   };
 
   const bool is_plain = p.softcap == 0.0f && !p.alibi_slopes && p.scale > 0.0f;  // see attention_forward.cu
   const float factor = is_plain ? p.scale * kLog2E : 1.0f;
-  const int first_row = tiles.first_query + 16 * warp + lane / 4;  // of a lane, which has the 8th below, too
+  const int first_row = first_query + 16 * warp + lane / 4;  // of a lane, which has the 8th below, too
   float peaks[2] = {-kInfinity, -kInfinity}, totals[2] = {}, shrinks[2];
   float scores[1][kKeys / 8][4], out[1][kWidth / 8][4] = {};
   uint32_t weights[kKeys / 16][4];
@@ -81,7 +79,7 @@ __global__ void __launch_bounds__(HopperAttentionConfig<kWidth>::kThreads, 1)
       bend_scores(p, scores, sequence.batch, head.query,
                   static_cast<float>(first_row + positions.offset - first_column));
     }
-    if (!tiles.is_whole(tile)) {
+    if (!range.is_whole(tile)) {
       int from[2], to[2];
       see_columns<1, kKeys>(positions, first_row, first_column, from, to);
       for_each_score(scores, [&](float& score, int i, int column) {
@@ -101,23 +99,23 @@ __global__ void __launch_bounds__(HopperAttentionConfig<kWidth>::kThreads, 1)
     __syncthreads();
   };
 
-  query.template load<kRows, QueryTile>(shared.query, tiles.first_query, 0, tiles.query_length);
-  request(keys, shared.keys, tiles.first);
+  query.template load<kRows, QueryTile>(shared.query, first_query, 0, query_length);
+  request(keys, shared.keys, range.first_tile);
   commit_copies();
-  request(values, shared.values, tiles.first);
-  request(keys, shared.keys, tiles.first + 1);
+  request(values, shared.values, range.first_tile);
+  request(keys, shared.keys, range.first_tile + 1);
   commit_copies();
-  if (tiles.first < tiles.end) {
+  if (range.first_tile < range.tiles) {
     wait_for_copies<1>();
     synchronize();
     fence_products();
-    start_scores(tiles.first);
+    start_scores(range.first_tile);
     wait_for_products<0>();
     settle(scores[0]);
-    weigh(tiles.first);
+    weigh(range.first_tile);
     pack_all();
 #pragma unroll 1
-    for (int tile = tiles.first; tile < tiles.end - 1; ++tile) {
+    for (int tile = range.first_tile; tile < range.tiles - 1; ++tile) {
       wait_for_copies<0>();
       synchronize();  // everyone is done with the tiles that are overwritten next
       request(values, shared.values, tile + 1);
@@ -138,7 +136,7 @@ __global__ void __launch_bounds__(HopperAttentionConfig<kWidth>::kThreads, 1)
     wait_for_copies<0>();
     synchronize();
     fence_products();
-    start_values(tiles.end - 1);
+    start_values(range.tiles - 1);
     wait_for_products<0>();
     settle(out[0]);
   }
@@ -147,16 +145,15 @@ __global__ void __launch_bounds__(HopperAttentionConfig<kWidth>::kThreads, 1)
   wait_for_copies<0>();  // of a query that no key met
   __syncthreads();
   float shares[2];
-  write_lse<1>(p, sequence, batch_in_memory, head.query, first_row, 1.0f, peaks, totals, shares);
+  write_lse<1>(p.lse + rows.first_of_head(head.query), first_row, query_length, 1.0f, peaks, totals, shares);
   static_assert(sizeof(shared.keys) + sizeof(shared.values) >=
                 kRows * padded_width<scalar_t>(kWidth) * sizeof(scalar_t));
-  scalar_t* rows = &shared.keys[0][0] + 16 * warp * padded_width<scalar_t>(kWidth);
-  const int first_warp_row = tiles.first_query + 16 * warp;
-  auto* result = static_cast<scalar_t*>(p.out) + batch_in_memory * p.out_strides[0] + head.query * p.out_strides[1] +
+  scalar_t* staged = &shared.keys[0][0] + 16 * warp * padded_width<scalar_t>(kWidth);
+  const int first_warp_row = first_query + 16 * warp;
+  auto* result = static_cast<scalar_t*>(p.out) + rows.batch * p.out_strides[0] + head.query * p.out_strides[1] +
                  (sequence.query_begin + first_warp_row) * p.out_strides[2];
-  write_rows<scalar_t, kWidth, 1>(out, shares, rows, result, p.out_strides,
-                                  min(16, tiles.query_length - first_warp_row), static_cast<int>(p.value_dim),
-                                  p.out_is_wide);
+  write_rows<scalar_t, kWidth, 1>(out, shares, staged, result, p.out_strides, min(16, query_length - first_warp_row),
+                                  static_cast<int>(p.value_dim), p.out_is_wide);
 }
 
 template <typename scalar_t, int kWidth>
