@@ -10,6 +10,7 @@ Of each kernel in libgpt4fast_cuda.so, for each architecture:
     asynchronous         of the wide ones, those that copy to shared memory without the thread waiting
     matrices             instructions that read matrices from shared memory
     waits                instructions that wait for wgmma's products
+    beside               shuffles behind a wait that leaves products going on, up to the next one
 """
 
 from __future__ import annotations
@@ -64,6 +65,9 @@ def describe(library: Path) -> dict[str, dict[str, int]]:
             "asynchronous": sum(access.startswith("LDGSTS") for access in wide),
             "matrices": len(re.findall(r"\bLDSM\.", text)),
             "waits": len(re.findall(r"\bWARPGROUP\.DEPBAR\.", text)),
+            "beside": sum(
+                part.count("SHFL") for part in re.findall(r"gsb0, 0x1 ;(.*?)WARPGROUP\.DEPBAR", text, re.DOTALL)
+            ),
         }
     return dict(sorted(found.items()))
 

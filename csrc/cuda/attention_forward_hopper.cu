@@ -88,11 +88,20 @@ __global__ void __launch_bounds__(HopperAttentionConfig<kWidth>::kThreads, 1)
     }
     exponentiate(scores, factor, peaks, totals, [&](int i, float by) { shrinks[i] = by; });
   };
-  const auto pack_all = [&] {
+  // Makes the scores that were weighed ready to be multiplied, once the products of those before are there. That is
+  // where the loop begins, not where it ends: there nvcc 13.0 waits before it weighs.
+  const auto take_weights = [&] {
+    wait_for_products<0>();
+    settle(out[0]);
+    settle(weights);
+    shrink_row(out, 0, shrinks[0]);
+    shrink_row(out, 1, shrinks[1]);
 #pragma unroll
     for (int k = 0; k < kKeys / 16; ++k) {
       pack_weights<scalar_t>(weights[k], scores[0][2 * k], scores[0][2 * k + 1]);
     }
+    settle(out[0]);
+    settle(weights);
   };
   const auto synchronize = [&] {
     publish_writes();
@@ -113,9 +122,9 @@ __global__ void __launch_bounds__(HopperAttentionConfig<kWidth>::kThreads, 1)
     wait_for_products<0>();
     settle(scores[0]);
     weigh(range.first_tile);
-    pack_all();
 #pragma unroll 1
     for (int tile = range.first_tile; tile < range.tiles - 1; ++tile) {
+      take_weights();
       wait_for_copies<0>();
       synchronize();  // everyone is done with the tiles that are overwritten next
       request(values, shared.values, tile + 1);
@@ -127,12 +136,8 @@ __global__ void __launch_bounds__(HopperAttentionConfig<kWidth>::kThreads, 1)
       wait_for_products<1>();
       settle(scores[0]);
       weigh(tile + 1);
-      wait_for_products<0>();
-      settle(out[0]);
-      shrink_row(out, 0, shrinks[0]);
-      shrink_row(out, 1, shrinks[1]);
-      pack_all();
     }
+    take_weights();
     wait_for_copies<0>();
     synchronize();
     fence_products();

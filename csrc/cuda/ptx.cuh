@@ -153,12 +153,20 @@ __device__ __forceinline__ void wait_for_products() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kLeft) : "memory");
 }
 
-// Sums that were waited for: the compiler, which knows nothing of the wait, does not use them before this.
+// Registers of products: the compiler, which knows nothing of fences and waits, moves nothing that has to do with them
+// across this.
 template <int kTiles>
 __device__ __forceinline__ void settle(float (&sums)[kTiles][4]) {
 #pragma unroll
   for (int i = 0; i < kTiles; ++i) {
     asm volatile("" : "+f"(sums[i][0]), "+f"(sums[i][1]), "+f"(sums[i][2]), "+f"(sums[i][3])::"memory");
+  }
+}
+template <int kTiles>
+__device__ __forceinline__ void settle(uint32_t (&held)[kTiles][4]) {
+#pragma unroll
+  for (int i = 0; i < kTiles; ++i) {
+    asm volatile("" : "+r"(held[i][0]), "+r"(held[i][1]), "+r"(held[i][2]), "+r"(held[i][3])::"memory");
   }
 }
 

@@ -158,8 +158,8 @@ void wait_for_products() {
   emulation::wait_for_products(kLeft);
 }
 
-template <int kTiles>
-void settle(float (&)[kTiles][4]) {}
+template <typename T, int kTiles>
+void settle(T (&)[kTiles][4]) {}
 
 namespace emulation {
 

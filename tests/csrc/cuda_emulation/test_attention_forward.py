@@ -24,6 +24,11 @@ def _hopper(cuda_ops, monkeypatch):
     monkeypatch.setenv("GPT4FAST_WGMMA", "1")
 
 
+@pytest.fixture(params=["0", "1"], ids=["", "hopper"])
+def _both(cuda_ops, monkeypatch, request):
+    monkeypatch.setenv("GPT4FAST_WGMMA", request.param)
+
+
 # (B, Hq, Hk, Lq, Lk, D, Dv): tails of queries and keys, grouped heads, copies of 16 bytes and of single numbers.
 SHAPES = [(2, 2, 1, 33, 65, 40, 24), (1, 2, 2, 70, 150, 16, 16), (1, 2, 1, 5, 3, 7, 3)]
 
@@ -77,6 +82,7 @@ def test_every_width(dtype):
         assert_close(*make_inputs(1, 1, 1, 70, 90, dim, value_dim, dtype), mask)
 
 
+@pytest.mark.usefixtures("_both")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_packed_sequences(dtype):
     lengths = (5, 0, 70, 1), (9, 3, 64, 0)
@@ -93,6 +99,7 @@ def test_packed_sequences(dtype):
         torch.testing.assert_close(lse[:, :, rows].double(), expected_lse, rtol=1e-5, atol=2e-5)
 
 
+@pytest.mark.usefixtures("_both")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_any_strides_and_layouts(dtype):
     query, key, value = make_inputs(2, 2, 1, 33, 40, 16, 24, dtype)
@@ -110,6 +117,7 @@ def test_any_strides_and_layouts(dtype):
     assert expected[0].transpose(1, 2).is_contiguous()
 
 
+@pytest.mark.usefixtures("_both")
 def test_keys_that_no_query_sees_do_not_matter():
     query, key, value = make_inputs(1, 1, 1, 20, 90, 16, 16, torch.float16)
     options = {"kv_lengths": torch.tensor([70]), "kv_starts": torch.tensor([5]), "is_causal": True, "query_offset": 40}

@@ -139,14 +139,14 @@ FAULTS = {
     "hopper: output not waited for": (
         HOPPER,
         HOPPER,
-        "wait_for_products<0>();\n      settle(out[0]);\n      shrink_row(out, 0, shrinks[0]);",
-        "shrink_row(out, 0, shrinks[0]);\n      wait_for_products<0>();",
+        "take_weights = [&] {\n    wait_for_products<0>();",
+        "take_weights = [&] {\n    wait_for_products<1>();",
     ),
     "hopper: weights that are still multiplied": (
         HOPPER,
         HOPPER,
-        "weigh(tile + 1);\n      wait_for_products<0>();",
-        "weigh(tile + 1);\n      pack_all();\n      wait_for_products<0>();",
+        "take_weights = [&] {",
+        "take_weights = [&] {\n    weights[0][0] = 0;",
     ),
     "hopper: keys that are still multiplied": (HOPPER, HOPPER, "shared.keys, tile + 2", "shared.keys, tile + 3"),
     "hopper: queries of another group": (HOPPER, HOPPER, "warp / 4 * 64, d", "0, d"),
