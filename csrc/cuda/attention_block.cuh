@@ -7,6 +7,22 @@
 
 namespace gpt4fast {
 
+// A head and its keys' head, of a block that takes queries.
+struct BlockHead {
+  uint32_t query, key;
+
+  __device__ __forceinline__ explicit BlockHead(const AttentionParams& p)
+      : query(blockIdx.x % static_cast<uint32_t>(p.query_heads)),
+        key(query / (static_cast<uint32_t>(p.query_heads) / static_cast<uint32_t>(p.kv_heads))) {}
+};
+
+// Which of `tiles` tiles of queries the block takes, and of which sequence: the last ones first, since causal ones have
+// most to do.
+__device__ __forceinline__ Sequence block_sequence(const AttentionParams& p, int64_t tiles, int rows) {
+  const auto heads = static_cast<uint32_t>(p.query_heads);
+  return {p, gridDim.x / heads - 1 - blockIdx.x / heads, tiles, rows, false};
+}
+
 // Rows that a block goes past, kTile at a time.
 template <int kTile>
 struct Range {

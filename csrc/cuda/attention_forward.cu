@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(AttentionConfig<scalar_t, kWidth, kAlters>::kT
   auto& shared = shared_memory<AttentionShared<scalar_t, kWidth, kAlters>>();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const BlockHead head(p);
-  const Sequence sequence = block_sequence(p, kRows);
+  const Sequence sequence = block_sequence(p, p.tiles, kRows);
   if (sequence.tile * kRows >= sequence.query_length) {
     return;
   }

@@ -1,7 +1,7 @@
 #pragma once
 
-// What the kernels of attention's forward pass have in common around their products: which queries a block takes, how
-// scores are changed, and how their sums are written.
+// What the kernels of attention's forward pass have in common around their products: how scores are changed, and
+// how their sums are written.
 
 #include "attention_block.cuh"
 #include "attention_weights.cuh"
@@ -13,21 +13,6 @@ struct AttentionLaunch : AttentionForwardParams {
   int64_t tiles;                                                // of queries: of a sequence, or of all packed ones
   bool query_is_wide, key_is_wide, value_is_wide, out_is_wide;  // rows can be moved 16 bytes at a time
 };
-
-// A head and its keys' head, of the block.
-struct BlockHead {
-  uint32_t query, key;
-
-  __device__ __forceinline__ explicit BlockHead(const AttentionParams& p)
-      : query(blockIdx.x % static_cast<uint32_t>(p.query_heads)),
-        key(query / (static_cast<uint32_t>(p.query_heads) / static_cast<uint32_t>(p.kv_heads))) {}
-};
-
-// Which queries of which sequence the block takes: the last ones first, since causal ones have most to do.
-__device__ __forceinline__ Sequence block_sequence(const AttentionLaunch& p, int rows) {
-  const auto heads = static_cast<uint32_t>(p.query_heads);
-  return {p, gridDim.x / heads - 1 - blockIdx.x / heads, p.tiles, rows, false};
-}
 
 // scale, softcap and ALiBi, in units of log2. `distance`: of a lane's first query from the first of its columns.
 template <int kParts, int kTiles>

@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(HopperAttentionConfig<kWidth>::kThreads, 1)
   auto& shared = shared_memory<HopperShared<scalar_t, kWidth>>();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const BlockHead head(p);
-  const Sequence sequence = block_sequence(p, kRows);
+  const Sequence sequence = block_sequence(p, p.tiles, kRows);
   if (sequence.tile * kRows >= sequence.query_length) {
     return;
   }

@@ -17,10 +17,8 @@ __global__ void __launch_bounds__(QueryGradientConfig<scalar_t, kWidth>::kThread
   auto& shared = shared_memory<BackwardShared<scalar_t, kWidth, Config>>();
   auto &shared_query = shared.rows[0], &shared_grad_out = shared.rows[1];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const auto heads = static_cast<uint32_t>(p.query_heads);
-  const uint32_t head = blockIdx.x % heads, kv_head = head / (heads / static_cast<uint32_t>(p.kv_heads));
-  // The last queries first: causal ones have most to do.
-  const Sequence sequence(p, gridDim.x / heads - 1 - blockIdx.x / heads, p.query_tiles, kRows, false);
+  const auto [head, kv_head] = BlockHead(p);
+  const Sequence sequence = block_sequence(p, p.query_tiles, kRows);
   if (sequence.tile * kRows >= sequence.query_length) {
     return;
   }

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from .test_conv_transpose_forward import draw_winograd_geometry
+from .test_conv_transpose_forward import draw_winograd_geometry, winograd_times
 
 pytestmark = pytest.mark.usefixtures("needs_native")
 
@@ -229,7 +227,6 @@ def test_random_winograd_calls(data):
     sizes = [draw(st.integers(1, most), name) for name, most in (("batch", 4), ("groups", 2), ("inputs", 140))]
     case = Case(*sizes, draw(st.integers(32, 100), "outputs"), size, kernel, stride, padding, extra)
     channels_last = dims > 1 and draw(st.booleans(), "channels last")
-    # As in the forward pass: at borders terms are larger than their sum.
-    times = 2 if dims < 3 and sizes[0] * math.prod(size) >= 32 << dims else 30
+    times = winograd_times(sizes[0], size)
     dtype = draw(st.sampled_from(DTYPES), "dtype")
     case.check(dtype, channels_last, against_torch=False, winograd=True, times=times)
